@@ -1,0 +1,41 @@
+"""The public verbs. Each is one call away from `import tapeline`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from tapeline.runtime.checkpoint import checkpoint
+from tapeline.runtime.search import plan
+from tapeline.runtime.session import Report, Session, apply
+from tapeline.units import Budget
+
+__all__ = ["Report", "Session", "apply", "checkpoint", "fit", "plan"]
+
+
+def fit(
+    model: nn.Module, batch: Any, budget: str | int | float | Budget | None = None, *, measure: bool = True, **options: Any
+) -> Session:
+    """Plan for `batch` under `budget` and put the plan in force at once.
+
+    Args:
+        model: any module.
+        batch: one micro-batch of the largest shape.
+        budget: as in `plan`.
+        measure: as in `Session`.
+        **options: the other arguments of `plan`.
+
+    Returns:
+        The session, with the plan as ``session.plan``. Use it in a ``with`` statement, or call ``remove()``.
+
+    Example:
+        >>> import torch, tapeline
+        >>> layers = [torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64)) for _ in range(4)]
+        >>> model, x = torch.nn.Sequential(*layers), torch.randn(512, 64)
+        >>> with tapeline.fit(model, x, "60%", loss_fn=lambda m, x: m(x).sum()) as session:
+        ...     model(x).sum().backward()
+        >>> session.report().is_within_budget
+        True
+    """
+    return apply(model, plan(model, batch, budget, **options), measure=measure)

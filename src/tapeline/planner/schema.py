@@ -1,0 +1,192 @@
+"""The plan as data: frozen, printable, and the same after a round trip through JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from tapeline.errors import UsageError, did_you_mean
+from tapeline.table import text_table
+from tapeline.units import format_bytes, format_flops
+
+SCHEMA_VERSION = 1
+MODES = ("auto", "none", "recompute", "segments")
+Placement = Literal["device", "recompute"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockPlan:
+    """Where one block's tensors go between its forward and its backward."""
+
+    name: str
+    """Name of the module in the model."""
+    kind: str
+    """Name of its class."""
+    saved: Placement
+    """What autograd saves inside the block."""
+    input: Placement
+    """The block's input; ``recompute`` means: run the block before it again."""
+    held_bytes: int
+    """Bytes that the block holds until its backward if everything stays on the device, beyond its output."""
+    recompute_flops: int
+    """Floating-point operations of recomputing what it saves, once per step."""
+    reason: str = ""
+    """Why the placement was not open to choice; empty if it was."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Alternative:
+    """What another way to run the step would cost, predicted in the same manner."""
+
+    name: str
+    """``none``, ``recompute``, ``segments:k``, or the chosen mode."""
+    peak_bytes: int
+    """Largest number of bytes alive at once in a step."""
+    flops: int
+    """Floating-point operations of one step, recomputation included."""
+    fits: bool | None
+    """Whether the peak is within the budget; ``None`` without a budget."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A decision for every block, with what it will cost. Made by `tapeline.plan`, used by `tapeline.apply`."""
+
+    mode: str
+    """The mode asked for."""
+    device: str
+    """Device of the model, ``cpu`` or ``cuda:0``."""
+    budget_bytes: int | None
+    """Bytes that the peak may reach; ``None`` if no budget was given."""
+    peak_bytes: int
+    """Predicted peak of a step once the optimizer has its state."""
+    first_step_peak_bytes: int
+    """Predicted peak of the very first step, while the optimizer has no state yet."""
+    untouched_peak_bytes: int
+    """Predicted peak of the model without checkpointing."""
+    smallest_peak_bytes: int
+    """The smallest peak among the plans tried: no budget below it is feasible."""
+    flops: int
+    """Floating-point operations of one step under this plan."""
+    untouched_flops: int
+    """Floating-point operations of one step without checkpointing."""
+    memory: dict[str, int]
+    """What fills the device at the predicted peak: bytes by kind."""
+    untouched_memory: dict[str, int]
+    """The same without checkpointing."""
+    blocks: tuple[BlockPlan, ...]
+    """One entry per block, in the order of the model."""
+    alternatives: tuple[Alternative, ...]
+    """What the usual settings would give."""
+    notes: tuple[str, ...] = ()
+    """What the user should know: settings that took no effect, blocks that could not be managed."""
+    schema_version: int = SCHEMA_VERSION
+    """Version of this layout."""
+
+    @property
+    def slowdown(self) -> float:
+        """Floating-point operations of a step relative to the untouched model: 1.0 is no recomputation."""
+        return self.flops / self.untouched_flops if self.untouched_flops else 1.0
+
+    @property
+    def recomputed_flops(self) -> int:
+        """Floating-point operations that are done again in backward."""
+        return self.flops - self.untouched_flops
+
+    def to_json(self) -> str:
+        """Write the plan as JSON text."""
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan written by `to_json`.
+
+        Raises:
+            UsageError: if the text is not a plan, or one of another schema version.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"Not a plan: the text is not JSON ({error}).") from error
+        if not isinstance(data, dict) or "schema_version" not in data:
+            raise UsageError("Not a plan: the JSON has no 'schema_version'.")
+        if data["schema_version"] != SCHEMA_VERSION:
+            raise UsageError(
+                f"The plan has schema version {data['schema_version']}, this release reads {SCHEMA_VERSION}: "
+                "make the plan again."
+            )
+        data = _known(cls, data)
+        data["blocks"] = tuple(BlockPlan(**_known(BlockPlan, block)) for block in data["blocks"])
+        data["alternatives"] = tuple(Alternative(**_known(Alternative, row)) for row in data["alternatives"])
+        data["notes"] = tuple(data.get("notes", ()))
+        return cls(**data)
+
+    def __str__(self) -> str:
+        parts = [self._headline(), _memory_table(self), _alternatives_table(self), *(f"note: {n}" for n in self.notes)]
+        return "\n\n".join(parts)
+
+    def _headline(self) -> str:
+        num_recomputed = sum(block.saved == "recompute" for block in self.blocks)
+        num_dropped = sum(block.input == "recompute" for block in self.blocks)
+        budget = "no budget" if self.budget_bytes is None else f"budget {format_bytes(self.budget_bytes)}"
+        dropped = f", {num_dropped} inputs rebuilt" if num_dropped else ""
+        return (
+            f"Plan {self.mode!r} on {self.device}: peak {format_bytes(self.peak_bytes)} ({budget}), "
+            f"{self.slowdown:.3f}x FLOPs; {num_recomputed} of {len(self.blocks)} blocks recomputed{dropped}"
+        )
+
+
+def parse_mode(mode: str | bool) -> tuple[str, int | None]:
+    """Read a mode; returns its name and, for ``segments:k``, k.
+
+    ``False`` and ``True`` are read as ``none`` and ``recompute``.
+
+    Raises:
+        UsageError: for an unknown mode or a k that is not a whole number above 0.
+    """
+    if isinstance(mode, bool):
+        return ("recompute" if mode else "none"), None
+    name, colon, length = mode.partition(":")
+    if name not in MODES or (colon and name != "segments"):
+        raise UsageError(f"Unknown mode {mode!r}{did_you_mean(name, MODES)}: use {', '.join(MODES)} or segments:k.")
+    if not colon:
+        return name, None
+    if not length.isdecimal() or int(length) < 1:
+        raise UsageError(f"In {mode!r}, k must be a whole number of at least 1: segments:4 keeps every 4th block input.")
+    return name, int(length)
+
+
+def _known(cls: type, data: dict[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in fields(cls)}
+    for name in data:
+        if name not in names:
+            raise UsageError(f"Not a plan: unknown field {name!r}{did_you_mean(name, names)}.")
+    required = {f.name for f in fields(cls) if f.name not in ("reason", "notes", "schema_version")}
+    if missing := sorted(required - set(data)):
+        raise UsageError(f"Not a plan: missing {', '.join(missing)}.")
+    return dict(data)
+
+
+def _memory_table(plan: Plan) -> str:
+    kinds = list(dict.fromkeys([*plan.untouched_memory, *plan.memory]))
+    rows = [
+        (kind, format_bytes(plan.untouched_memory.get(kind, 0)), format_bytes(plan.memory.get(kind, 0)))
+        for kind in kinds
+    ]
+    rows.append(("peak", format_bytes(plan.untouched_peak_bytes), format_bytes(plan.peak_bytes)))
+    return text_table(("where the memory goes", "untouched", "this plan"), rows)
+
+
+def _alternatives_table(plan: Plan) -> str:
+    rows = [
+        (
+            row.name,
+            format_bytes(row.peak_bytes),
+            format_flops(row.flops),
+            f"{row.flops / plan.untouched_flops:.3f}x" if plan.untouched_flops else "-",
+            {True: "yes", False: "no", None: "-"}[row.fits],
+        )
+        for row in plan.alternatives
+    ]
+    return text_table(("way to run", "predicted peak", "FLOPs of a step", "of untouched", "fits"), rows)

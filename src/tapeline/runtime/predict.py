@@ -1,0 +1,155 @@
+"""Prediction by execution: the real runtime, on a weightless copy of the model, under the ledger."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import _default_to_fused_or_foreach
+
+from tapeline.errors import UsageError, did_you_mean
+from tapeline.planner.profile import StepProfile
+from tapeline.planner.schema import BlockPlan
+from tapeline.runtime.install import Patches, install_blocks, managed_module
+from tapeline.runtime.step import LossFn, StepMeter, model_loss
+from tapeline.tape.fake import ShapeMode, fake_batch, fake_copy, preserved_random_state
+
+OptimizerSpec = torch.optim.Optimizer | str | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None
+
+
+class FakeStep:
+    """A model, a batch and an optimizer without bytes, on which a step can be run under any placement.
+
+    Args:
+        model: the user's model; it is only read.
+        batch: one micro-batch.
+        block_names: the blocks.
+        optimizer: an optimizer of the model, the name of a class of `torch.optim`, a function from parameters to
+            an optimizer, or ``None`` to leave the optimizer out.
+        loss_fn: called as ``loss_fn(model, batch)``.
+        accumulation: number of micro-batches in a step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Any,
+        block_names: Sequence[str],
+        *,
+        optimizer: OptimizerSpec = None,
+        loss_fn: LossFn = model_loss,
+        accumulation: int = 1,
+    ) -> None:
+        if (name := managed_module(model)) is not None:
+            raise UsageError(f"A session is in force on this model (block {name!r}): call session.remove() before planning.")
+        self.mode = ShapeMode()
+        self.block_names, self.loss_fn, self.accumulation = list(block_names), loss_fn, accumulation
+        self.device = model_device(model)
+        memo: dict[int, Any] = {}
+        self.model = fake_copy(self.mode, model, memo)
+        if not self.model.training:
+            self.model.train()
+        self.batch = fake_batch(self.mode, batch)
+        self.optimizer = self._copy_optimizer(optimizer, model, memo)
+
+    def run(self, blocks: Sequence[BlockPlan], *, is_first_step: bool = False) -> StepProfile:
+        """Run one step with the blocks placed as given.
+
+        Args:
+            blocks: placements; an empty sequence runs the untouched model.
+            is_first_step: the optimizer has no state yet.
+        """
+        patches = Patches()
+        with self._environment():
+            try:
+                seams = install_blocks(patches, self.model, blocks)
+                self._prepare_optimizer(is_first_step)
+                meter = StepMeter(self.model, self.block_names, self.device)
+                return meter.run(
+                    self.batch,
+                    optimizer=self.optimizer,
+                    loss_fn=self.loss_fn,
+                    accumulation=self.accumulation,
+                    seams=seams,
+                )
+            finally:
+                patches.undo()
+                self.model.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def _environment(self) -> Iterator[None]:
+        """Fake tensors on; random state, grad mode and other libraries' one-time warnings as they were."""
+        with preserved_random_state(), self.mode, torch.enable_grad(), _quiet("transformers"):
+            yield
+
+    def _copy_optimizer(self, spec: OptimizerSpec, model: nn.Module, memo: dict[int, Any]) -> torch.optim.Optimizer | None:
+        if spec is None:
+            return None
+        if isinstance(spec, torch.optim.Optimizer):
+            memo[id(spec.state)] = defaultdict(dict)
+            copied = fake_copy(self.mode, spec, memo)
+            # an lr scheduler replaces `step` on the instance by a closure over the real optimizer
+            vars(copied).pop("step", None)
+            for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+                vars(copied)[hooks] = type(vars(copied)[hooks])()
+        else:
+            with self.mode:
+                copied = _make_optimizer(spec, [p for p in self.model.parameters() if p.requires_grad])
+        _fix_foreach(copied, [p for p in model.parameters() if p.requires_grad])
+        return copied
+
+    def _prepare_optimizer(self, is_first_step: bool) -> None:
+        if self.optimizer is None:
+            return
+        self.optimizer.state.clear()
+        if not is_first_step:
+            for parameter in self.model.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+            self.optimizer.step()
+            self.model.zero_grad(set_to_none=True)
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """The device that holds most of the model's bytes."""
+    sizes: dict[torch.device, int] = defaultdict(int)
+    for tensor in (*model.parameters(), *model.buffers()):
+        sizes[tensor.device] += tensor.nbytes
+    if not sizes:
+        raise UsageError(f"{type(model).__name__} has no parameters: there is nothing to train.")
+    return max(sizes, key=lambda device: sizes[device])
+
+
+def _make_optimizer(
+    spec: str | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer], parameters: list[nn.Parameter]
+) -> torch.optim.Optimizer:
+    if not isinstance(spec, str):
+        return spec(parameters)
+    cls = getattr(torch.optim, spec, None)
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        known = [n for n in dir(torch.optim) if isinstance(getattr(torch.optim, n), type)]
+        raise UsageError(f"Unknown optimizer {spec!r}{did_you_mean(spec, known)}: use a class name of torch.optim.")
+    return cls(parameters)
+
+
+def _fix_foreach(optimizer: torch.optim.Optimizer, real: list[nn.Parameter]) -> None:
+    """Choose the multi-tensor implementation as torch would for the real parameters: it needs more memory."""
+    _, foreach = _default_to_fused_or_foreach(list(real), differentiable=False, use_fused=False)
+    for group in optimizer.param_groups:
+        if group.get("foreach", False) is None and not group.get("fused"):
+            group["foreach"] = foreach
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

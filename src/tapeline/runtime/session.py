@@ -1,0 +1,200 @@
+"""A plan in force on a model."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from types import TracebackType
+
+import torch
+from torch import nn
+
+from tapeline.errors import UsageError, did_you_mean
+from tapeline.planner.schema import Plan
+from tapeline.runtime.install import Patches, install_blocks, managed_module
+from tapeline.runtime.measure import PeakMeter, make_meter
+from tapeline.runtime.predict import model_device
+from tapeline.table import text_table
+from tapeline.units import format_bytes
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What was promised and what happened."""
+
+    mode: str
+    """The plan's mode."""
+    device: str
+    """Device whose bytes are meant."""
+    budget_bytes: int | None
+    """The promise; ``None`` without a budget."""
+    predicted_peak_bytes: int
+    """Predicted peak of a step once the optimizer has its state."""
+    predicted_first_step_peak_bytes: int
+    """Predicted peak of the very first step."""
+    measured_peak_bytes: int | None
+    """Largest measured peak; ``None`` if nothing was measured."""
+    measured_reserved_bytes: int | None
+    """On CUDA, the most that torch's allocator reserved; ``None`` elsewhere."""
+    recomputed_calls: int
+    """Block calls that ran under recomputation."""
+    notes: tuple[str, ...]
+    """Settings that did not take effect, and why."""
+
+    @property
+    def deviation(self) -> float | None:
+        """Measured relative to the nearer of the two predictions, minus 1: 0.01 is 1 % more than predicted."""
+        if self.measured_peak_bytes is None:
+            return None
+        predictions = (self.predicted_peak_bytes, self.predicted_first_step_peak_bytes)
+        return min((self.measured_peak_bytes / p - 1 for p in predictions), key=abs)
+
+    @property
+    def is_within_budget(self) -> bool | None:
+        """Whether the measured peak kept the promise; ``None`` without a budget or a measurement."""
+        if self.budget_bytes is None or self.measured_peak_bytes is None:
+            return None
+        return self.measured_peak_bytes <= self.budget_bytes
+
+    def to_json(self) -> str:
+        """Write the report as JSON text."""
+        return json.dumps(asdict(self), indent=2)
+
+    def __str__(self) -> str:
+        rows = [("budget", "-" if self.budget_bytes is None else format_bytes(self.budget_bytes))]
+        rows.append(("predicted peak, first step", format_bytes(self.predicted_first_step_peak_bytes)))
+        rows.append(("predicted peak", format_bytes(self.predicted_peak_bytes)))
+        measured = "not measured" if self.measured_peak_bytes is None else format_bytes(self.measured_peak_bytes)
+        rows.append(("measured peak", measured))
+        if self.deviation is not None:
+            rows.append(("measured against predicted", f"{self.deviation:+.2%}"))
+        if self.measured_reserved_bytes is not None:
+            rows.append(("reserved by the allocator", format_bytes(self.measured_reserved_bytes)))
+        rows.append(("block calls recomputed", str(self.recomputed_calls)))
+        table = text_table((f"session {self.mode!r} on {self.device}", "bytes"), rows)
+        return "\n".join([table, *(f"note: {note}" for note in self.notes)])
+
+
+class Session:
+    """A plan in force on one model instance; a context manager that restores the model on leaving.
+
+    As a context manager it measures the peak of its whole body: on an accelerator by the allocator's own counters, on a
+    CPU by a `Ledger`, which costs some ten microseconds per op (switch it off with ``measure=False``).
+
+    Args:
+        model: the model that the plan was made for.
+        plan: the plan.
+        measure: measure the peak of the ``with`` body.
+
+    Raises:
+        UsageError: if the plan names blocks that the model does not have, or a session is in force already.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, *, measure: bool = True) -> None:
+        if (name := managed_module(model)) is not None:
+            raise UsageError(f"A session is already in force on this model (block {name!r}): call its remove() first.")
+        _check_blocks(model, plan)
+        self.model, self.plan = model, plan
+        self._patches = Patches()
+        self._seams = install_blocks(self._patches, model, plan.blocks)
+        self._meter: PeakMeter = make_meter(model, model_device(model))
+        self._stack = ExitStack()
+        self._measures_body = measure
+        self._notes: list[str] = []
+        logger.info("plan %r in force: %d of %d blocks recomputed", plan.mode, len(self._seams), len(plan.blocks))
+
+    def __enter__(self) -> Session:
+        if self._measures_body:
+            self._stack.enter_context(self.measure())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+        self.remove()
+
+    @contextmanager
+    def measure(self, optimizer: torch.optim.Optimizer | None = None) -> Iterator[Session]:
+        """Measure the peak of what runs inside, for example one step.
+
+        Args:
+            optimizer: whose existing state is counted from the start.
+        """
+        with self._meter.measure(optimizer, [block.name for block in self.plan.blocks]):
+            yield self
+
+    @property
+    def last_peak_bytes(self) -> int | None:
+        """Peak of the last measurement."""
+        return self._meter.last_peak_bytes
+
+    def peak_table(self, limit: int = 10) -> str:
+        """The largest tensors at the peak of the last measurement; empty where only an allocator was read."""
+        return self._meter.peak_table(limit)
+
+    def report(self) -> Report:
+        """What was promised, what was measured, and what did not take effect."""
+        return Report(
+            mode=self.plan.mode,
+            device=self.plan.device,
+            budget_bytes=self.plan.budget_bytes,
+            predicted_peak_bytes=self.plan.peak_bytes,
+            predicted_first_step_peak_bytes=self.plan.first_step_peak_bytes,
+            measured_peak_bytes=self._meter.peak_bytes,
+            measured_reserved_bytes=self._meter.reserved_bytes,
+            recomputed_calls=sum(seam.num_calls for seam in self._seams.values()),
+            notes=(*self._notes, *self._ineffective()),
+        )
+
+    def remove(self) -> None:
+        """Take the plan off and restore every attribute that was set; safe to call twice."""
+        self._notes += self._ineffective()
+        self._patches.undo()
+
+    def _ineffective(self) -> list[str]:
+        notes = []
+        if replaced := self._patches.replaced():
+            notes.append(f"someone else has set {', '.join(sorted(set(replaced)))} since: those blocks do not follow the plan")
+        total = sum(seam.num_calls for seam in self._seams.values())
+        idle = [name for name, seam in self._seams.items() if seam.num_calls == 0]
+        if idle and total:
+            notes.append(f"planned to be recomputed but never recorded: {', '.join(idle[:3])}")
+        elif idle and self._meter.peak_bytes is not None:
+            notes.append("no block was recomputed: was the model in training mode, with gradients enabled?")
+        return [note for note in notes if note not in self._notes]
+
+
+def apply(model: nn.Module, plan: Plan, *, measure: bool = True) -> Session:
+    """Put a plan in force on `model`; see `Session`.
+
+    Example:
+        >>> import torch, tapeline
+        >>> layers = [torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64)) for _ in range(4)]
+        >>> model, x = torch.nn.Sequential(*layers), torch.randn(512, 64)
+        >>> plan = tapeline.plan(model, x, mode="recompute", loss_fn=lambda m, x: m(x).sum())
+        >>> with tapeline.apply(model, plan) as session:
+        ...     model(x).sum().backward()
+        >>> abs(session.report().deviation) < 0.02
+        True
+    """
+    return Session(model, plan, measure=measure)
+
+
+def _check_blocks(model: nn.Module, plan: Plan) -> None:
+    modules = dict(model.named_modules())
+    for block in plan.blocks:
+        module = modules.get(block.name)
+        if module is None:
+            raise UsageError(
+                f"The plan is for another model: it has no block {block.name!r}{did_you_mean(block.name, modules)}."
+            )
+        if type(module).__name__ != block.kind:
+            raise UsageError(
+                f"The plan is for another model: block {block.name!r} is a {type(module).__name__}, planned as {block.kind}."
+            )

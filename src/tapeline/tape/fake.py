@@ -1,0 +1,155 @@
+"""A step on fake tensors: the real code of the model, with shapes instead of numbers.
+
+Parameters and activations are fake: they have a shape, a dtype and a device, and no bytes. Small integer tensors (token ids,
+masks, positions) stay real, because models branch on them (an all-ones mask is skipped, padding is not), and those
+branches decide which ops run.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeCopyMode,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from tapeline.errors import UnsupportedModelError, UsageError
+
+T = TypeVar("T")
+_MAX_REAL_NUMEL = 2**25
+_INTEGERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+
+
+class ShapeMode(TorchDispatchMode):
+    """Runs ops on fake tensors, and ops on small integer tensors for real.
+
+    Unlike a plain `FakeTensorMode`, a factory or an op without a fake argument gives a real tensor if that is a
+    small integer one, so that ``mask.all()`` has an answer.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        has_real, has_fake, wants_grad = _kinds_of_tensors(args, kwargs)
+        if wants_grad:
+            raise UsageError(
+                f"The step reads a real tensor that requires grad ({func}): it uses a model of its own instead of the one it "
+                "is given. In loss_fn, use the model argument: loss_fn=lambda model, batch: model(**batch).loss."
+            )
+        if has_fake:
+            return self._fake(func, args, kwargs)
+        if has_real and func is torch.ops.aten._local_scalar_dense.default:
+            return func(*args, **kwargs)
+        shape_only = self._fake(func, args, kwargs, may_depend_on_data=has_real)
+        if shape_only is None or _is_small_integer(shape_only):
+            return func(*args, **kwargs)
+        return shape_only
+
+    def _fake(self, func: Any, args: Any, kwargs: Any, may_depend_on_data: bool = False) -> Any:
+        try:
+            with self.fake_mode:
+                return func(*args, **kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            if may_depend_on_data:
+                return None  # a real integer tensor: run it for real
+            raise UnsupportedModelError(
+                f"The forward depends on the values of activations ({func}), so its memory cannot be predicted "
+                "without running it. For mixture-of-experts models choose grouped experts "
+                "(config: experts_implementation='grouped_mm'), whose shapes do not depend on the routing."
+            ) from error
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Put the random state of the CPU and of every initialised accelerator back on leaving."""
+    with torch.random.fork_rng(devices=_initialized_devices(), device_type=_accelerator_type()):
+        yield
+
+
+def fake_copy(mode: ShapeMode, thing: T, memo: dict[int, Any] | None = None) -> T:
+    """Deep-copy any object graph with every tensor replaced by a fake one; the original is not touched.
+
+    Tensors that are the same object stay the same object (tied weights, an optimizer's parameters).
+
+    Args:
+        mode: the mode that the copies belong to.
+        thing: a module, an optimizer, or a tuple of them.
+        memo: fake tensors for originals, by `id`, as in `copy.deepcopy`.
+
+    Raises:
+        UnsupportedModelError: if some attribute cannot be copied.
+    """
+    try:
+        with torch.no_grad(), FakeCopyMode(mode.fake_mode):
+            return copy.deepcopy(thing, memo if memo is not None else {})
+    except (TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"Cannot make a weightless copy of {type(thing).__name__} to plan on: {error}. "
+            "An attribute of the model cannot be copied (a lock, a file, a tensor that is part of a graph)."
+        ) from error
+
+
+def fake_batch(mode: ShapeMode, batch: T) -> T:
+    """Copy a batch: floating-point tensors become fake, small integer tensors stay as they are."""
+    return tree_map_only(torch.Tensor, lambda t: _fake_input(mode, t), batch)  # type: ignore[no-any-return]
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, FakeTensor)
+
+
+def _fake_input(mode: ShapeMode, tensor: torch.Tensor) -> torch.Tensor:
+    if _is_small_integer(tensor):
+        return tensor
+    fake = mode.fake_mode.from_tensor(tensor.detach(), static_shapes=True)
+    return fake.requires_grad_(tensor.requires_grad)
+
+
+def _kinds_of_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, bool, bool]:
+    has_real = has_fake = wants_grad = False
+    stack: list[Any] = [*args, *kwargs.values()]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, FakeTensor):
+            has_fake = True
+        elif isinstance(value, torch.Tensor):
+            has_real = True
+            wants_grad = wants_grad or value.requires_grad
+        elif isinstance(value, list | tuple):
+            stack.extend(value)
+    return has_real, has_fake, wants_grad
+
+
+def _is_small_integer(value: Any) -> bool:
+    tensors = value if isinstance(value, list | tuple) else [value]
+    return all(
+        not isinstance(t, torch.Tensor) or (t.dtype in _INTEGERS and t.numel() <= _MAX_REAL_NUMEL) for t in tensors
+    )
+
+
+def _accelerator_type() -> str:
+    accelerator = torch.accelerator.current_accelerator()
+    return accelerator.type if accelerator is not None else "cuda"
+
+
+def _initialized_devices() -> list[int]:
+    module = torch.get_device_module(_accelerator_type())
+    is_initialized = getattr(module, "is_initialized", None)
+    if is_initialized is None or not is_initialized():
+        return []
+    return list(range(module.device_count()))
