@@ -15,7 +15,12 @@ __all__ = ["Report", "Session", "apply", "checkpoint", "fit", "plan"]
 
 
 def fit(
-    model: nn.Module, batch: Any, budget: str | int | float | Budget | None = None, *, measure: bool = True, **options: Any
+    model: nn.Module,
+    batch: Any,
+    budget: str | int | float | Budget | None = None,
+    *,
+    measure: bool = True,
+    **options: Any,
 ) -> Session:
     """Plan for `batch` under `budget` and put the plan in force at once.
 

@@ -84,7 +84,9 @@ def build_chain(kept: StepProfile, recomputed: StepProfile, names: list[str]) ->
         facts = recomputed.blocks[name]
         if facts.num_calls and not facts.writes_buffers:
             options.append(Option(block=index, kind="recompute", flops=facts.recompute_flops, added_bytes=local))
-        options.append(Option(block=index, kind="keep", flops=0, added_bytes=_kept_bytes(name, keyed, other, order, spans)))
+        options.append(
+            Option(block=index, kind="keep", flops=0, added_bytes=_kept_bytes(name, keyed, other, order, spans))
+        )
     return Chain(base_bytes=tuple(base), num_blocks=len(names), options=tuple(options))
 
 

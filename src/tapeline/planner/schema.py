@@ -153,7 +153,9 @@ def parse_mode(mode: str | bool) -> tuple[str, int | None]:
     if not colon:
         return name, None
     if not length.isdecimal() or int(length) < 1:
-        raise UsageError(f"In {mode!r}, k must be a whole number of at least 1: segments:4 keeps every 4th block input.")
+        raise UsageError(
+            f"In {mode!r}, k must be a whole number of at least 1: segments:4 keeps every 4th block input."
+        )
     return name, int(length)
 
 

@@ -76,9 +76,7 @@ class BlockSeam:
 class _Body:
     """What torch's checkpoint runs: the first call is the forward, every later one a recompute."""
 
-    def __init__(
-        self, guard: BlockGuard, invocation: Invocation, source: KeptInput | RecomputedInput | None
-    ) -> None:
+    def __init__(self, guard: BlockGuard, invocation: Invocation, source: KeptInput | RecomputedInput | None) -> None:
         self.guard, self.forward, self.place = guard, invocation.forward, invocation.place
         self.dropped = source if isinstance(source, RecomputedInput) else None
         self.input = invocation.input if self.dropped else None

@@ -111,9 +111,7 @@ class BlockCall:
         check: raises if the block has changed since.
     """
 
-    def __init__(
-        self, invocation: Invocation, source: KeptInput | RecomputedInput, check: Callable[[], None]
-    ) -> None:
+    def __init__(self, invocation: Invocation, source: KeptInput | RecomputedInput, check: Callable[[], None]) -> None:
         self.ambient = Ambient(invocation.tensors())
         self.invocation = invocation.with_input(None)
         self.others = [KeptInput(tensor) for tensor in self.invocation.tensors()]

@@ -20,6 +20,8 @@ class PeakMeter(Protocol):
     """Largest number of bytes alive; ``None`` before the first measurement."""
     last_peak_bytes: int | None
     """The same for the last measurement alone."""
+    is_free: bool
+    """Whether measuring costs nothing, so that every step may be measured."""
     reserved_bytes: int | None
     """Most bytes that torch's allocator held from the device; ``None`` where there is no such allocator."""
 
@@ -39,6 +41,8 @@ def make_meter(model: nn.Module, device: torch.device) -> PeakMeter:
 
 class LedgerMeter:
     """Counts live bytes op by op."""
+
+    is_free = False
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.model = model
@@ -64,6 +68,8 @@ class LedgerMeter:
 
 class AllocatorMeter:
     """Reads the peak counters of torch's caching allocator; it resets them at the start of each measurement."""
+
+    is_free = True
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -46,7 +46,9 @@ class FakeStep:
         accumulation: int = 1,
     ) -> None:
         if (name := managed_module(model)) is not None:
-            raise UsageError(f"A session is in force on this model (block {name!r}): call session.remove() before planning.")
+            raise UsageError(
+                f"A session is in force on this model (block {name!r}): call session.remove() before planning."
+            )
         self.mode = ShapeMode()
         self.block_names, self.loss_fn, self.accumulation = list(block_names), loss_fn, accumulation
         self.device = model_device(model)
@@ -57,12 +59,13 @@ class FakeStep:
         self.batch = fake_batch(self.mode, batch)
         self.optimizer = self._copy_optimizer(optimizer, model, memo)
 
-    def run(self, blocks: Sequence[BlockPlan], *, is_first_step: bool = False) -> StepProfile:
+    def run(self, blocks: Sequence[BlockPlan], *, is_first_step: bool = False, batch: Any = None) -> StepProfile:
         """Run one step with the blocks placed as given.
 
         Args:
             blocks: placements; an empty sequence runs the untouched model.
             is_first_step: the optimizer has no state yet.
+            batch: another micro-batch than the one given at first.
         """
         patches = Patches()
         with self._environment():
@@ -71,7 +74,7 @@ class FakeStep:
                 self._prepare_optimizer(is_first_step)
                 meter = StepMeter(self.model, self.block_names, self.device)
                 return meter.run(
-                    self.batch,
+                    self.batch if batch is None else fake_batch(self.mode, batch),
                     optimizer=self.optimizer,
                     loss_fn=self.loss_fn,
                     accumulation=self.accumulation,
@@ -87,7 +90,9 @@ class FakeStep:
         with preserved_random_state(), self.mode, torch.enable_grad(), _quiet("transformers"):
             yield
 
-    def _copy_optimizer(self, spec: OptimizerSpec, model: nn.Module, memo: dict[int, Any]) -> torch.optim.Optimizer | None:
+    def _copy_optimizer(
+        self, spec: OptimizerSpec, model: nn.Module, memo: dict[int, Any]
+    ) -> torch.optim.Optimizer | None:
         if spec is None:
             return None
         if isinstance(spec, torch.optim.Optimizer):

@@ -105,7 +105,13 @@ class Search:
     """The candidates for one model and batch; each is run once on fake tensors."""
 
     def __init__(
-        self, model: nn.Module, batch: Any, names: list[str], optimizer: OptimizerSpec, loss_fn: LossFn, accumulation: int
+        self,
+        model: nn.Module,
+        batch: Any,
+        names: list[str],
+        optimizer: OptimizerSpec,
+        loss_fn: LossFn,
+        accumulation: int,
     ) -> None:
         self.kinds = {name: type(model.get_submodule(name)).__name__ for name in names}
         self.step = FakeStep(model, batch, names, optimizer=optimizer, loss_fn=loss_fn, accumulation=accumulation)
@@ -229,7 +235,9 @@ class Search:
                 return blocks
             logger.debug("composed plan is %d bytes above the budget when run: solving again", excess)
             target -= excess
-        fitting = (b for b in (self.recompute_all(), *self._segment_candidates()) if self.profile(b).peak_bytes <= limit)
+        fitting = (
+            b for b in (self.recompute_all(), *self._segment_candidates()) if self.profile(b).peak_bytes <= limit
+        )
         blocks_or_none = next(fitting, None)
         if blocks_or_none is None:
             raise self._infeasible(limit)
@@ -257,7 +265,11 @@ class Search:
 
     def _alternatives(self, mode: str, chosen: Blocks, limit: int | None) -> tuple[Alternative, ...]:
         length = self.default_segment_length()
-        named = {"none": self.keep_all(), "recompute": self.recompute_all(), f"segments:{length}": self.segments(length)}
+        named = {
+            "none": self.keep_all(),
+            "recompute": self.recompute_all(),
+            f"segments:{length}": self.segments(length),
+        }
         named[mode if mode in named else f"{mode} (this plan)"] = chosen
         rows = []
         for name, blocks in named.items():

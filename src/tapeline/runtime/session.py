@@ -130,6 +130,11 @@ class Session:
             yield self
 
     @property
+    def is_measuring_free(self) -> bool:
+        """Whether measuring costs nothing here, as with an allocator's own counters."""
+        return self._meter.is_free
+
+    @property
     def last_peak_bytes(self) -> int | None:
         """Peak of the last measurement."""
         return self._meter.last_peak_bytes
@@ -160,7 +165,9 @@ class Session:
     def _ineffective(self) -> list[str]:
         notes = []
         if replaced := self._patches.replaced():
-            notes.append(f"someone else has set {', '.join(sorted(set(replaced)))} since: those blocks do not follow the plan")
+            notes.append(
+                f"someone else has set {', '.join(sorted(set(replaced)))} since: those blocks do not follow the plan"
+            )
         total = sum(seam.num_calls for seam in self._seams.values())
         idle = [name for name, seam in self._seams.items() if seam.num_calls == 0]
         if idle and total:

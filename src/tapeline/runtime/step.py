@@ -147,10 +147,20 @@ class _BufferWatch:
 
 def track_training_state(ledger: Ledger, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
     """Count what exists before a step: weights, gradients, optimizer state."""
-    ledger.track(model.parameters(), "weights")
+    for parameter in model.parameters():
+        ledger.track([parameter, *_attached(parameter)], "weights")
     ledger.track(model.buffers(), "weights")
     ledger.track((p.grad for p in model.parameters()), "gradients")
     _track_state(ledger, optimizer)
+
+
+def _attached(thing: Any, depth: int = 2) -> Iterable[torch.Tensor]:
+    """Tensors that hang on a parameter as attributes, such as the scales of a quantised weight."""
+    for value in getattr(thing, "__dict__", {}).values():
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif depth and not isinstance(value, nn.Module | type):
+            yield from _attached(value, depth - 1)
 
 
 def _track_state(ledger: Ledger, optimizer: torch.optim.Optimizer | None) -> None:

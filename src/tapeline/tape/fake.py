@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -94,14 +95,30 @@ def fake_copy(mode: ShapeMode, thing: T, memo: dict[int, Any] | None = None) -> 
     Raises:
         UnsupportedModelError: if some attribute cannot be copied.
     """
+    memo = {} if memo is None else memo
     try:
         with torch.no_grad(), FakeCopyMode(mode.fake_mode):
-            return copy.deepcopy(thing, memo if memo is not None else {})
+            if isinstance(thing, nn.Module):
+                _copy_parameters(mode, thing, memo)
+            return copy.deepcopy(thing, memo)
     except (TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
         raise UnsupportedModelError(
             f"Cannot make a weightless copy of {type(thing).__name__} to plan on: {error}. "
             "An attribute of the model cannot be copied (a lock, a file, a tensor that is part of a graph)."
         ) from error
+
+
+def _copy_parameters(mode: ShapeMode, model: nn.Module, memo: dict[int, Any]) -> None:
+    """Put a fake parameter for each real one into `memo`, with its Python attributes (quantisation state)."""
+    copied = []
+    for parameter in model.parameters():
+        fake = nn.Parameter(mode.fake_mode.from_tensor(parameter.data, static_shapes=True), parameter.requires_grad)
+        memo[id(parameter)] = fake
+        copied.append((parameter, fake))
+    for parameter, fake in copied:  # attributes may lead back to the module, and so to any parameter
+        for name, value in vars(parameter).items():
+            if name not in vars(fake):
+                vars(fake)[name] = copy.deepcopy(value, memo)
 
 
 def fake_batch(mode: ShapeMode, batch: T) -> T:

@@ -1,0 +1,5 @@
+"""`python -m tapeline` is the `tapeline` command."""
+
+from tapeline.cli.app import main
+
+main()

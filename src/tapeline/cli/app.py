@@ -1,0 +1,42 @@
+"""The `tapeline` command. Commands import what they need when they run, so that help is instant."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from tapeline import __version__
+from tapeline.cli.train import train
+from tapeline.errors import TapelineError
+
+app = typer.Typer(
+    name="tapeline",
+    help="Fine-tune transformer models in a memory budget, with the gradients of the untouched model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command(name="train", no_args_is_help=False)(train)
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", help="Print the version and leave.", is_eager=True),  # noqa: FBT003
+) -> None:
+    if version:
+        typer.echo(f"tapeline {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; every error of ours is one message and an exit code."""
+    try:
+        app()
+    except TapelineError as error:
+        typer.echo(f"tapeline: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("tapeline: interrupted", err=True)
+        sys.exit(130)

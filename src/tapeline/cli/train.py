@@ -1,0 +1,103 @@
+"""`tapeline train`: the command line of `tapeline.train.run`."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+import sys
+from dataclasses import MISSING, asdict, fields
+from typing import Annotated, Any
+
+import typer
+
+from tapeline.errors import InfeasibleBudgetError, TapelineError
+from tapeline.train.config import TrainConfig, load_config
+
+_PANELS = {"budget": "Memory", "dtype": "Model and adapters", "max_length": "Training", "model": "Model and data"}
+
+
+def train(**given: Any) -> None:
+    """Fine-tune a causal language model under a byte budget.
+
+    Without arguments: a small demo model on the Python standard library's own source.
+    """
+    from rich.console import Console
+
+    from tapeline.cli.progress import ConsoleObserver
+
+    config_file, as_json = given.pop("config"), given.pop("json")
+    console = Console(stderr=as_json)
+    observer = ConsoleObserver(console)
+    try:
+        settings = {name: value for name, value in given.items() if value is not None}
+        config = load_config(settings, config_file)
+        _quiet_libraries()
+        from tapeline.train.run import train as run
+
+        with observer:
+            result = run(config, observer)
+    except (TapelineError, KeyboardInterrupt) as error:
+        if as_json:
+            _print_json(_failure(error))
+        raise
+    observer.finished(config, result)
+    if as_json:
+        _print_json(asdict(result))
+    if result.status == "interrupted":
+        raise typer.Exit(130)
+
+
+def _failure(error: BaseException) -> dict[str, Any]:
+    failure: dict[str, Any] = {"status": "error", "error": str(error) or "interrupted"}
+    failure["exit_code"] = error.exit_code if isinstance(error, TapelineError) else 130
+    if isinstance(error, InfeasibleBudgetError):
+        failure["smallest_feasible_bytes"] = error.smallest_feasible_bytes
+    return failure
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(content, indent=2, default=str) + "\n")
+
+
+def _quiet_libraries() -> None:
+    """Other libraries' progress bars and advice would break ours; warnings and errors still come through."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says at every start which optional kernels it lacks
+
+
+def _signature() -> inspect.Signature:
+    """One option per setting, in the order of the dataclass; ``None`` means: not given."""
+    parameters = []
+    panel = ""
+    for item in fields(TrainConfig):
+        panel = _PANELS.get(item.name, panel)
+        kind = type(item.default)
+        default = "" if item.default in ("", MISSING) else f" Default: {item.default}."
+        option = typer.Option(
+            f"--{item.name}" + (f"/--no_{item.name}" if kind is bool else ""),
+            help=item.metadata["help"] + (default if "efault" not in item.metadata["help"] else ""),
+            rich_help_panel=panel,
+            show_default=False,
+        )
+        annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
+        parameters.append(
+            inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        )
+    extra = [
+        ("config", Annotated[str | None, typer.Option("--config", help="YAML file with the same settings.")], None),
+        (
+            "json",
+            Annotated[bool, typer.Option("--json", help="Print the result as JSON; everything else to stderr.")],
+            False,
+        ),
+    ]
+    for name, annotation, value in extra:
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=annotation))
+    return inspect.Signature(parameters)
+
+
+train.__signature__ = _signature()  # type: ignore[attr-defined]
+train.__annotations__ = {p.name: p.annotation for p in _signature().parameters.values()}
