@@ -33,7 +33,21 @@ _HOMES = {
     "UnsupportedModelError": "tapeline.errors",
 }
 
-__all__ = [*_HOMES, "__version__"]
+__all__ = [
+    "InfeasibleBudgetError",
+    "Ledger",
+    "Plan",
+    "Report",
+    "Session",
+    "TapelineError",
+    "UnsupportedModelError",
+    "UsageError",
+    "__version__",
+    "apply",
+    "checkpoint",
+    "fit",
+    "plan",
+]
 
 
 def __getattr__(name: str) -> Any:

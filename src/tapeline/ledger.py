@@ -167,7 +167,7 @@ class Ledger(TorchDispatchMode):
 
     # -- the mode ------------------------------------------------------------------------------------------------
 
-    def __exit__(self, *exc: Any) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._span.end_bytes = self.live_bytes()
         super().__exit__(*exc)
 
@@ -218,8 +218,7 @@ class Ledger(TorchDispatchMode):
         if is_peak:
             self._peaks[device] = live
         if device == self.device:
-            if live > self._span.peak_bytes:
-                self._span.peak_bytes = live
+            self._span.peak_bytes = max(self._span.peak_bytes, live)
             if is_peak:
                 self._peak_event = len(self._events)
 

@@ -23,7 +23,7 @@ app.command(name="train", no_args_is_help=False)(train)
 
 @app.callback()
 def _root(
-    version: bool = typer.Option(False, "--version", help="Print the version and leave.", is_eager=True),  # noqa: FBT003
+    version: bool = typer.Option(False, "--version", help="Print the version and leave.", is_eager=True),
 ) -> None:
     if version:
         typer.echo(f"tapeline {__version__}")

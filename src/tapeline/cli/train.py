@@ -68,6 +68,10 @@ def _quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says at every start which optional kernels it lacks
 
 
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
 def _signature() -> inspect.Signature:
     """One option per setting, in the order of the dataclass; ``None`` means: not given."""
     parameters = []
@@ -83,19 +87,11 @@ def _signature() -> inspect.Signature:
             show_default=False,
         )
         annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
-        parameters.append(
-            inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-        )
-    extra = [
-        ("config", Annotated[str | None, typer.Option("--config", help="YAML file with the same settings.")], None),
-        (
-            "json",
-            Annotated[bool, typer.Option("--json", help="Print the result as JSON; everything else to stderr.")],
-            False,
-        ),
-    ]
-    for name, annotation, value in extra:
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=annotation))
+        parameters.append(_keyword(item.name, annotation, None))
+    config = typer.Option("--config", help="YAML file with the same settings.")
+    as_json = typer.Option("--json", help="Print the result as JSON; everything else to stderr.")
+    parameters.append(_keyword("config", Annotated[str | None, config], None))
+    parameters.append(_keyword("json", Annotated[bool, as_json], False))
     return inspect.Signature(parameters)
 
 

@@ -36,7 +36,7 @@ def _attention_backward(grad_out: Any, query: Any, key: Any, value: Any, *_: Any
     return int(sdpa_backward_flop_count(grad_out.shape, query.shape, key.shape, value.shape))
 
 
-def _gemm_4bit(a: Any, b: Any, shape_b: Any, *_: Any) -> int:
+def _gemm_4bit(a: Any, _: Any, shape_b: Any, *__: Any) -> int:
     return int(2 * a.numel() * shape_b[0])
 
 

@@ -33,7 +33,7 @@ def add_lora(model: nn.Module, *, r: int, alpha: int, dropout: float, target_mod
     )
     try:
         with quiet_transformers():
-            return get_peft_model(model, config)  # type: ignore[no-any-return, arg-type]
+            return get_peft_model(model, config)
     except ValueError as error:
         linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise UsageError(f"Cannot add adapters: {error} Linear modules here: {', '.join(linear)}.") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -43,7 +42,7 @@ def load_model(name: str, *, dtype: str = "auto", load_in_4bit: bool = False) ->
         raise UsageError(_not_loaded("model", name, error)) from error
     if not load_in_4bit and (accelerator := torch.accelerator.current_accelerator()) is not None:
         model.to(accelerator)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def load_tokenizer(name: str) -> Any:
@@ -69,8 +68,8 @@ def load_tokenizer(name: str) -> Any:
 
 def trainer_loss(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     """The loss as `transformers.Trainer` asks for it: the sum over tokens divided by their number."""
-    num_items = (batch["labels"][..., 1:] != -100).sum()  # noqa: PLR2004 - the ignored label of torch
-    return model(**batch, num_items_in_batch=num_items).loss  # type: ignore[no-any-return]
+    num_items = (batch["labels"][..., 1:] != -100).sum()
+    return model(**batch, num_items_in_batch=num_items).loss
 
 
 @contextmanager

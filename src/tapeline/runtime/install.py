@@ -85,6 +85,7 @@ def install_blocks(patches: Patches, model: nn.Module, blocks: Sequence[BlockPla
 
 def managed_module(model: nn.Module) -> str | None:
     """The name of a block that already runs through a seam, if there is one."""
+    name: str
     for name, module in model.named_modules():
         function = vars(module).get("_gradient_checkpointing_func")
         if isinstance(getattr(function, "__self__", None), BlockSeam):

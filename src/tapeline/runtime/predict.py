@@ -138,7 +138,8 @@ def _make_optimizer(
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         known = [n for n in dir(torch.optim) if isinstance(getattr(torch.optim, n), type)]
         raise UsageError(f"Unknown optimizer {spec!r}{did_you_mean(spec, known)}: use a class name of torch.optim.")
-    return cls(parameters)
+    factory: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = cls
+    return factory(parameters)
 
 
 def _fix_foreach(optimizer: torch.optim.Optimizer, real: list[nn.Parameter]) -> None:
