@@ -65,8 +65,6 @@ class Plan:
     """Predicted peak of the very first step, while the optimizer has no state yet."""
     untouched_peak_bytes: int
     """Predicted peak of the model without checkpointing."""
-    smallest_peak_bytes: int
-    """The smallest peak among the plans tried: no budget below it is feasible."""
     flops: int
     """Floating-point operations of one step under this plan."""
     untouched_flops: int

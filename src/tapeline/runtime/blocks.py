@@ -17,7 +17,8 @@ def find_blocks(model: nn.Module, blocks: Sequence[str] | None = None) -> list[s
     """Return the names of the blocks of `model`, in the order of registration.
 
     In order: the names or patterns of `blocks`; the layers that a transformers model marks as such; the members of
-    module lists and sequences that hold at least two composite modules.
+    module lists and sequences that hold at least two composite modules; the single member of a module list (one layer, or
+    one that is shared by all depths).
 
     Args:
         model: any module.
@@ -30,7 +31,7 @@ def find_blocks(model: nn.Module, blocks: Sequence[str] | None = None) -> list[s
     if blocks is not None:
         return _named(model, blocks)
     found = _outermost([name for name, module in model.named_modules() if is_transformers_layer(module)])
-    found = found or _outermost(_repeated(model))
+    found = found or _outermost(_repeated(model, minimum=2)) or _outermost(_repeated(model, minimum=1))
     if not found:
         raise UnsupportedModelError(
             f"No blocks found in {type(model).__name__}: it has no transformer layers, and no module list or "
@@ -64,16 +65,16 @@ def _named(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     return ordered
 
 
-def _repeated(model: nn.Module) -> list[str]:
-    """Members of lists and sequences in which one class of composite module occurs at least twice."""
+def _repeated(model: nn.Module, *, minimum: int) -> list[str]:
+    """Members of lists and sequences in which one class of composite module occurs at least `minimum` times."""
     found = []
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList | nn.Sequential):
+        if not isinstance(module, nn.ModuleList | nn.Sequential if minimum > 1 else nn.ModuleList):
             continue
         members = [(f"{name}.{key}" if name else key, child) for key, child in module.named_children()]
         composite = [(path, child) for path, child in members if _is_composite(child)]
         classes = Counter(type(child) for _, child in composite)
-        if classes and max(classes.values()) >= 2:
+        if classes and max(classes.values()) >= minimum:
             found += [path for path, _ in composite]
     return found
 

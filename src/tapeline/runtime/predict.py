@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from torch.optim.optimizer import _default_to_fused_or_foreach
 
-from tapeline.errors import UsageError, did_you_mean
+from tapeline.errors import TapelineError, UnsupportedModelError, UsageError, did_you_mean
+from tapeline.ledger import OPTIMIZER, Ledger
 from tapeline.planner.profile import StepProfile
 from tapeline.planner.schema import BlockPlan
 from tapeline.runtime.install import Patches, install_blocks, managed_module
-from tapeline.runtime.step import LossFn, StepMeter, model_loss
+from tapeline.runtime.step import LossFn, StepMeter, model_loss, track_training_state
 from tapeline.tape.fake import ShapeMode, fake_batch, fake_copy, preserved_random_state
 
 OptimizerSpec = torch.optim.Optimizer | str | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None
@@ -59,19 +60,18 @@ class FakeStep:
         self.batch = fake_batch(self.mode, batch)
         self.optimizer = self._copy_optimizer(optimizer, model, memo)
 
-    def run(self, blocks: Sequence[BlockPlan], *, is_first_step: bool = False, batch: Any = None) -> StepProfile:
-        """Run one step with the blocks placed as given.
+    def run(self, blocks: Sequence[BlockPlan], *, batch: Any = None) -> StepProfile:
+        """Run one step with the blocks placed as given, with the optimizer's state in place.
 
         Args:
             blocks: placements; an empty sequence runs the untouched model.
-            is_first_step: the optimizer has no state yet.
             batch: another micro-batch than the one given at first.
         """
         patches = Patches()
-        with self._environment():
+        with self._environment(), _explained(type(self.model).__name__):
             try:
                 seams = install_blocks(patches, self.model, blocks)
-                self._prepare_optimizer(is_first_step)
+                self._warm_up()
                 meter = StepMeter(self.model, self.block_names, self.device)
                 return meter.run(
                     self.batch if batch is None else fake_batch(self.mode, batch),
@@ -87,7 +87,12 @@ class FakeStep:
     @contextmanager
     def _environment(self) -> Iterator[None]:
         """Fake tensors on; random state, grad mode and other libraries' one-time warnings as they were."""
-        with preserved_random_state(), self.mode, torch.enable_grad(), _quiet("transformers"):
+        with (
+            preserved_random_state(),
+            self.mode,
+            torch.enable_grad(),
+            _quiet("transformers", "torch._subclasses.fake_tensor"),
+        ):
             yield
 
     def _copy_optimizer(
@@ -108,15 +113,37 @@ class FakeStep:
         _fix_foreach(copied, [p for p in model.parameters() if p.requires_grad])
         return copied
 
-    def _prepare_optimizer(self, is_first_step: bool) -> None:
+    def first_step_peak(self, profile: StepProfile) -> int:
+        """The peak of the very first step, given that of a later one: the optimizer makes its state at its end.
+
+        Until then the state's bytes are missing; the optimizer step itself is run anew.
+        """
         if self.optimizer is None:
-            return
-        self.optimizer.state.clear()
-        if not is_first_step:
-            for parameter in self.model.parameters():
-                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-            self.optimizer.step()
+            return profile.peak_bytes
+        with self._environment():
+            ledger = Ledger(self.device)
+            self.optimizer.state.clear()
+            self._fill_gradients()
+            track_training_state(ledger, self.model, None)
+            before = ledger.live_bytes()
+            with ledger:
+                self.optimizer.step()
+            state_bytes = ledger.live_bytes() - before
             self.model.zero_grad(set_to_none=True)
+        earlier = (point.peak_bytes for point in profile.points if point.phase != OPTIMIZER)
+        return max(max(earlier) - state_bytes, ledger.peak_bytes())
+
+    def _warm_up(self) -> None:
+        """Give the optimizer its state, once."""
+        if self.optimizer is None or self.optimizer.state:
+            return
+        self._fill_gradients()
+        self.optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+
+    def _fill_gradients(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
 
 
 def model_device(model: nn.Module) -> torch.device:
@@ -151,11 +178,25 @@ def _fix_foreach(optimizer: torch.optim.Optimizer, real: list[nn.Parameter]) -> 
 
 
 @contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _explained(name: str) -> Iterator[None]:
+    try:
+        yield
+    except TapelineError:
+        raise
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        raise UnsupportedModelError(
+            f"A step of {name} cannot be run on tensors without data, so its memory cannot be predicted: {error} "
+            "(if a real step with this batch works, an operation of the model has no shape function)."
+        ) from error
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    levels = [(logging.getLogger(name), logging.getLogger(name).level) for name in names]
+    for logger, _ in levels:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels:
+            logger.setLevel(level)

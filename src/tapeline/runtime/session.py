@@ -105,6 +105,7 @@ class Session:
         self._meter: PeakMeter = make_meter(model, model_device(model))
         self._stack = ExitStack()
         self._measures_body = measure
+        self._is_measuring = False
         self._notes: list[str] = []
         logger.info("plan %r in force: %d of %d blocks recomputed", plan.mode, len(self._seams), len(plan.blocks))
 
@@ -125,9 +126,20 @@ class Session:
 
         Args:
             optimizer: whose existing state is counted from the start.
+
+        Raises:
+            UsageError: inside another measurement, such as the ``with`` body of a measuring session.
         """
-        with self._meter.measure(optimizer, [block.name for block in self.plan.blocks]):
-            yield self
+        if self._is_measuring:
+            raise UsageError(
+                "A measurement is running already: create the session with measure=False to measure parts."
+            )
+        self._is_measuring = True
+        try:
+            with self._meter.measure(optimizer, [block.name for block in self.plan.blocks]):
+                yield self
+        finally:
+            self._is_measuring = False
 
     @property
     def is_measuring_free(self) -> bool:

@@ -27,15 +27,26 @@ from torch.utils._pytree import tree_map_only
 from tapeline.errors import UnsupportedModelError, UsageError
 
 T = TypeVar("T")
+aten = torch.ops.aten
 _MAX_REAL_NUMEL = 2**25
 _INTEGERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+
+
+_CONSTANT_FILLS: dict[Any, int | str] = {  # the place of the fill value among the arguments, or the value itself
+    aten.ones_like: "1",
+    aten.zeros_like: "0",
+    aten.full_like: 1,
+    aten.new_ones: "1",
+    aten.new_zeros: "0",
+    aten.new_full: 2,
+}
 
 
 class ShapeMode(TorchDispatchMode):
     """Runs ops on fake tensors, and ops on small integer tensors for real.
 
     Unlike a plain `FakeTensorMode`, a factory or an op without a fake argument gives a real tensor if that is a
-    small integer one, so that ``mask.all()`` has an answer.
+    small integer one or a scalar, so that ``mask.all()`` has an answer.
     """
 
     def __init__(self) -> None:
@@ -53,13 +64,31 @@ class ShapeMode(TorchDispatchMode):
                 "is given. In loss_fn, use the model argument: loss_fn=lambda model, batch: model(**batch).loss."
             )
         if has_fake:
-            return self._fake(func, args, kwargs)
-        if has_real and func is torch.ops.aten._local_scalar_dense.default:
+            return self._with_fake_arguments(func, args, kwargs)
+        if has_real and func is aten._local_scalar_dense.default:
             return func(*args, **kwargs)
         shape_only = self._fake(func, args, kwargs, may_depend_on_data=has_real)
-        if shape_only is None or _is_small_integer(shape_only):
+        if shape_only is None or _is_small_integer(shape_only) or _is_scalar(shape_only):
             return func(*args, **kwargs)
         return shape_only
+
+    def _with_fake_arguments(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func is aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+            return self._grouped_mm(func, args, kwargs)
+        out = self._fake(func, args, kwargs)
+        fill = _CONSTANT_FILLS.get(func._overloadpacket)
+        if fill is not None and _is_small_integer(out):  # a mask of ones in the shape of an activation
+            return torch.full(
+                out.shape, args[fill] if isinstance(fill, int) else int(fill), dtype=out.dtype, device=out.device
+            )
+        return out
+
+    def _grouped_mm(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor:
+        """Grouped matrix product in a dtype that its kernel takes and its shape function does not (torch 2.11 to 2.13)."""
+        first, second, *rest = args
+        casted = self._fake(func, (first.to(torch.bfloat16), second.to(torch.bfloat16), *rest), kwargs)
+        with self.fake_mode:
+            return first.new_empty(casted.shape)
 
     def _fake(self, func: Any, args: Any, kwargs: Any, may_depend_on_data: bool = False) -> Any:
         try:
@@ -157,6 +186,11 @@ def _is_small_integer(value: Any) -> bool:
     return all(
         not isinstance(t, torch.Tensor) or (t.dtype in _INTEGERS and t.numel() <= _MAX_REAL_NUMEL) for t in tensors
     )
+
+
+def _is_scalar(value: Any) -> bool:
+    """A number without shape, such as an optimizer's step count or the coin of a layer drop."""
+    return isinstance(value, torch.Tensor) and value.dim() == 0
 
 
 def _accelerator_type() -> str:

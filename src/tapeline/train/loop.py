@@ -133,11 +133,12 @@ class TrainingLoop:
     def _measured(self, step: int, peak: int, batch: dict[str, torch.Tensor]) -> None:
         if not self._is_reported(step):
             return
-        profile = self.predictor.run(self.session.plan.blocks, batch=batch, is_first_step=step == 1)
+        profile = self.predictor.run(self.session.plan.blocks, batch=batch)
+        predicted = self.predictor.first_step_peak(profile) if step == 1 else profile.peak_bytes
         measurement = Measurement(
             step=step,
             batch_shape=tuple(batch["input_ids"].shape),
-            predicted_bytes=profile.peak_bytes,
+            predicted_bytes=predicted,
             measured_bytes=peak,
         )
         self.measurements.append(measurement)
