@@ -79,7 +79,7 @@ def smallest(chain: Chain, tolerance: float = 1e-3) -> list[Option]:
     best = solve(chain, max(chain.base_bytes, default=0) + sum(_largest(option) for option in chain.options))
     assert best is not None, "every block has an option"
     peak = chain.peak_bytes(best)
-    while peak - floor > tolerance * peak:
+    while peak - floor > max(1, tolerance * peak):
         middle = (peak + floor) // 2
         found = solve(chain, middle)
         if found is None or chain.peak_bytes(found) > middle:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,30 +11,32 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from tapeline.compat import CHECKPOINT_DEFAULTS
 from tapeline.errors import UsageError
 
+_PLACE = object()
 _OPTIONS = ("context_fn", "determinism_check", "debug", "early_stop", "preserve_rng_state", *CHECKPOINT_DEFAULTS)
 
 
 def checkpoint(
-    fn: Callable[..., Any],
+    function: Callable[..., Any],
     *args: Any,
     use_reentrant: bool | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Run ``fn(*args, **kwargs)`` keeping its inputs instead of its activations; recompute it in backward.
+    """Run ``function(*args, **kwargs)`` keeping its inputs instead of its activations; recompute it in backward.
 
     This is `torch.utils.checkpoint.checkpoint` in its non-reentrant form and takes all its keyword arguments
     (``preserve_rng_state``, ``context_fn``, ``determinism_check``, ``debug``, ``early_stop``). One thing is added: tensors
     in keyword arguments, also inside tuples, are saved like positional ones, so that an in-place change of one
-    before backward is an error and saved-tensor hooks see them.
+    before backward is an error and saved-tensor hooks see them. Tensors inside lists, dicts and other objects are
+    held as they are and not checked, as in torch.
 
     Args:
-        fn: what to run. It is called again in backward and must compute the same.
+        function: what to run. It is called again in backward and must compute the same.
         *args: its positional arguments; tensors of any shape.
         use_reentrant: ``None`` or ``False``. The reentrant form is refused.
         **kwargs: its keyword arguments, and the options of torch's function.
 
     Returns:
-        What ``fn`` returns.
+        What `function` returns.
 
     Raises:
         UsageError: for ``use_reentrant=True``, which gives no gradient when no input requires one, ignores
@@ -53,45 +55,52 @@ def checkpoint(
             "input requires grad, and does not work with torch.autograd.grad. Leave the argument out."
         )
     options = CHECKPOINT_DEFAULTS | {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
-    taken, tensors = _take_tensors(kwargs)
-    if not taken:
-        return torch_checkpoint(fn, *args, use_reentrant=False, **options, **kwargs)
-    call = _Call(fn, len(args), kwargs, taken)
+    if not kwargs:
+        return torch_checkpoint(function, *args, use_reentrant=False, **options)
+    call = _Call(function, len(args), kwargs)
+    tensors, call.tensors = call.tensors, []  # torch saves them; held here as well, hooks could not move them
     return torch_checkpoint(call, *args, *tensors, use_reentrant=False, **options)
 
 
 class _Call:
     """Calls a function with the tensors of its keyword arguments given by position."""
 
-    def __init__(
-        self, fn: Callable[..., Any], num_args: int, kwargs: dict[str, Any], taken: list[tuple[str, int | None]]
-    ) -> None:
-        self.fn, self.num_args, self.kwargs, self.taken = fn, num_args, kwargs, taken
+    def __init__(self, function: Callable[..., Any], num_args: int, kwargs: dict[str, Any]) -> None:
+        self.function, self.num_args = function, num_args
+        self.tensors: list[torch.Tensor] = []
+        self.kwargs = {name: self._take(value) for name, value in kwargs.items()}
 
     def __call__(self, *args: Any) -> Any:
-        kwargs = dict(self.kwargs)
-        for (name, index), tensor in zip(self.taken, args[self.num_args :], strict=True):
-            kwargs[name] = tensor if index is None else _replace(kwargs[name], index, tensor)
-        return self.fn(*args[: self.num_args], **kwargs)
+        tensors = iter(args[self.num_args :])
+        kwargs = {name: _put(value, tensors) for name, value in self.kwargs.items()}
+        return self.function(*args[: self.num_args], **kwargs)
+
+    def _take(self, value: Any) -> Any:
+        """Replace tensors, also those in tuples, by a place to put them back."""
+        if isinstance(value, torch.Tensor) and not _is_inference(value):
+            self.tensors.append(value)
+            return _PLACE
+        if isinstance(value, tuple):
+            return _Tuple(type(value), [self._take(item) for item in value])
+        return value
 
 
-def _take_tensors(kwargs: dict[str, Any]) -> tuple[list[tuple[str, int | None]], list[torch.Tensor]]:
-    """Take tensors out of `kwargs` (changed in place); return where they were, and the tensors."""
-    places: list[tuple[str, int | None]] = []
-    tensors: list[torch.Tensor] = []
-    for name, value in kwargs.items():
-        if isinstance(value, torch.Tensor):
-            kwargs[name] = None
-            places.append((name, None))
-            tensors.append(value)
-        elif type(value) is tuple:
-            for index, item in enumerate(value):
-                if isinstance(item, torch.Tensor):
-                    kwargs[name] = _replace(kwargs[name], index, None)
-                    places.append((name, index))
-                    tensors.append(item)
-    return places, tensors
+class _Tuple:
+    """A tuple, or named tuple, with places instead of tensors."""
+
+    def __init__(self, kind: type[tuple[Any, ...]], items: list[Any]) -> None:
+        self.kind, self.items = kind, items
 
 
-def _replace(values: tuple[Any, ...], index: int, item: Any) -> tuple[Any, ...]:
-    return (*values[:index], item, *values[index + 1 :])
+def _put(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
+    if value is _PLACE:
+        return next(tensors)
+    if isinstance(value, _Tuple):
+        items = [_put(item, tensors) for item in value.items]
+        return value.kind(*items) if hasattr(value.kind, "_fields") else value.kind(items)
+    return value
+
+
+def _is_inference(tensor: torch.Tensor) -> bool:
+    """Autograd cannot save inference tensors; torch takes them as keyword arguments, and so do we."""
+    return not torch.compiler.is_compiling() and tensor.is_inference()

@@ -88,7 +88,8 @@ class ShapeMode(TorchDispatchMode):
         first, second, *rest = args
         casted = self._fake(func, (first.to(torch.bfloat16), second.to(torch.bfloat16), *rest), kwargs)
         with self.fake_mode:
-            return first.new_empty(casted.shape)
+            empty: torch.Tensor = first.new_empty(casted.shape)
+        return empty
 
     def _fake(self, func: Any, args: Any, kwargs: Any, may_depend_on_data: bool = False) -> Any:
         try:
