@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from tapeline.runtime.checkpoint import checkpoint
@@ -43,4 +44,6 @@ def fit(
         >>> session.report().is_within_budget
         True
     """
-    return apply(model, plan(model, batch, budget, **options), measure=measure)
+    optimizer = options.get("optimizer")
+    known = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
+    return apply(model, plan(model, batch, budget, **options), measure=measure, optimizer=known)

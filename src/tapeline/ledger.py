@@ -91,9 +91,8 @@ class Ledger(TorchDispatchMode):
         self._range_blocks: list[str | None] = []
         self._span = Span(OUTSIDE, None, 0, 0)
         self.spans: list[Span] = [self._span]
-        self._base: list[Allocation] = []
-        self._events: list[tuple[Allocation, int]] = []
-        self._peak_event = 0
+        self._at_peak: dict[Allocation, int] = {}
+        self._since_peak: dict[Allocation, int] = {}
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -107,10 +106,7 @@ class Ledger(TorchDispatchMode):
 
     def peak_holders(self) -> list[Allocation]:
         """What was alive on the ledger's device at its peak, largest first."""
-        sizes: dict[Allocation, int] = {a: a.num_bytes for a in self._base}
-        for allocation, delta in self._events[: self._peak_event]:
-            sizes[allocation] = sizes.get(allocation, 0) + delta
-        holders = [a for a, size in sizes.items() if size > 0 and a.device == self.device]
+        holders = [a for a in self._at_peak if a.device == self.device]
         return sorted(holders, key=lambda a: -a.num_bytes)
 
     def peak_table(self, limit: int = 10) -> str:
@@ -125,10 +121,9 @@ class Ledger(TorchDispatchMode):
     # -- telling the ledger what it sees -------------------------------------------------------------------------
 
     def begin_window(self) -> None:
-        """Forget peak, spans and events; what is alive stays counted."""
-        self._base = [allocation for _, allocation in self._live.values()]
-        self._events.clear()
-        self._peak_event = 0
+        """Forget peak and spans; what is alive stays counted."""
+        self._at_peak = {allocation: allocation.num_bytes for _, allocation in list(self._live.values())}
+        self._since_peak.clear()
         self._peaks = dict(self._bytes)
         live = self.live_bytes()
         self._span = Span(self._span.phase, self._span.block, live, live)
@@ -213,14 +208,14 @@ class Ledger(TorchDispatchMode):
         device = allocation.device
         allocation.num_bytes += delta
         live = self._bytes[device] = self._bytes.get(device, 0) + delta
-        self._events.append((allocation, delta))
+        self._remember(allocation, delta)
         is_peak = live > self._peaks.get(device, 0)
         if is_peak:
             self._peaks[device] = live
         if device == self.device:
             self._span.peak_bytes = max(self._span.peak_bytes, live)
             if is_peak:
-                self._peak_event = len(self._events)
+                self._fold()
 
     def _free(self, key: int) -> None:
         known = self._live.pop(key, None)
@@ -228,7 +223,21 @@ class Ledger(TorchDispatchMode):
             return
         allocation = known[1]
         self._bytes[allocation.device] -= allocation.num_bytes
-        self._events.append((allocation, -allocation.num_bytes))
+        self._remember(allocation, -allocation.num_bytes)
+
+    def _remember(self, allocation: Allocation, delta: int) -> None:
+        """Note a change since the peak; what came and went again leaves nothing."""
+        change = self._since_peak.pop(allocation, 0) + delta
+        if change:
+            self._since_peak[allocation] = change
+
+    def _fold(self) -> None:
+        """A new peak: what is alive now is what was alive at the old one, and what has changed since."""
+        for allocation, delta in self._since_peak.items():
+            size = self._at_peak.pop(allocation, 0) + delta
+            if size:
+                self._at_peak[allocation] = size
+        self._since_peak.clear()
 
     # -- phases and blocks ---------------------------------------------------------------------------------------
 
@@ -278,6 +287,8 @@ class Ledger(TorchDispatchMode):
         span.end_bytes = live
         self._span = Span(phase, block, live, live)
         self.spans.append(self._span)
+        if len(self.spans) > _MAX_RANGES:
+            del self.spans[: _MAX_RANGES // 2]
 
 
 class _Enter:

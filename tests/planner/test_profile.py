@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from tapeline.planner.profile import BlockFacts, Point, StepProfile, build_chain, held_bytes
 
-FACTS = BlockFacts(recompute_flops=7, num_calls=1, num_chained=1, writes_buffers=False)
+FACTS = BlockFacts(recompute_flops=7, num_calls=1, num_chained=1)
 
 
 def profile(*points: tuple[str, str | None, int, int, int], facts: BlockFacts = FACTS) -> StepProfile:
@@ -45,8 +45,8 @@ def test_mixed_choices_are_composed_point_by_point() -> None:
 
 def test_blocks_that_write_buffers_or_record_nothing_are_only_kept() -> None:
     for facts in (
-        BlockFacts(recompute_flops=7, num_calls=1, num_chained=1, writes_buffers=True),
-        BlockFacts(recompute_flops=0, num_calls=0, num_chained=0, writes_buffers=False),
+        BlockFacts(recompute_flops=7, num_calls=1, num_chained=1, fixed_reason="batch norm"),
+        BlockFacts(recompute_flops=0, num_calls=0, num_chained=0),
     ):
         recomputed = profile(
             *[(p.phase, p.block, p.start_bytes, p.peak_bytes, p.end_bytes) for p in RECOMPUTED.points], facts=facts

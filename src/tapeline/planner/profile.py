@@ -36,8 +36,8 @@ class BlockFacts:
     """Calls in which autograd recorded something."""
     num_chained: int
     """Calls whose input was the output of the block called before."""
-    writes_buffers: bool
-    """Whether its forward changes its own buffers (batch norm): recomputing would change them twice."""
+    fixed_reason: str = ""
+    """Why it must not be recomputed; empty if it may."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +82,7 @@ def build_chain(kept: StepProfile, recomputed: StepProfile, names: list[str]) ->
         own = [key for key in keyed if key[1] == name]
         local = {order[key]: keyed[key].peak_bytes - keyed[key].start_bytes for key in own}
         facts = recomputed.blocks[name]
-        if facts.num_calls and not facts.writes_buffers:
+        if facts.num_calls and not facts.fixed_reason:
             options.append(Option(block=index, kind="recompute", flops=facts.recompute_flops, added_bytes=local))
         options.append(
             Option(block=index, kind="keep", flops=0, added_bytes=_kept_bytes(name, keyed, other, order, spans))

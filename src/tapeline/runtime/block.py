@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tapeline.ledger import RECOMPUTE, active_ledgers
-from tapeline.runtime.checkpoint import checkpoint
+from tapeline.runtime.checkpoint import run_checkpointed
 from tapeline.runtime.guard import BlockGuard, Noted
 from tapeline.runtime.inputs import BlockCall, Chain, Invocation, KeptInput, RecomputedInput
 
@@ -33,27 +33,33 @@ class BlockSeam:
         self.name, self.chain = name, chain
         self.drops_input, self.feeds_next = drops_input, feeds_next
         self.guard = BlockGuard(name, module)
+        self.is_in_force = True
+        """False in a copied or unpickled model, which belongs to no session: the block runs as it is."""
         self.num_calls = 0
         """Recorded calls so far."""
         self.num_chained = 0
         """Recorded calls whose input was the output of the block called before."""
 
-    def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run ``forward(*args, **kwargs)``; nothing is spent where autograd records nothing."""
         invocation = Invocation(forward, args, kwargs)
-        if not self._is_recorded(invocation):
+        if not self.is_in_force or not self._is_recorded(invocation):
             return invocation.run()
         source = self._source(invocation.input)
         body = _Body(self.guard, invocation, source)
         call = BlockCall(invocation, source, body.check) if self.feeds_next and source is not None else None
         if isinstance(source, RecomputedInput):
-            invocation = invocation.with_input(None)
+            # an empty tensor in its place tells torch which device's random state to keep
+            invocation = invocation.with_input(source.placeholder)
         del args, kwargs
-        out = checkpoint(body, *invocation.args, **invocation.kwargs)
+        out = run_checkpointed(body, invocation.args, invocation.kwargs)
         self.chain.note(out, call)
         return out
 
-    def from_partial(self, function: partial[Any], *args: Any) -> Any:
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"is_in_force": False}
+
+    def from_partial(self, function: partial[Any], /, *args: Any) -> Any:
         """The per-layer function of transformers: `function` is ``partial(forward, layer, **kwargs)``."""
         return self(partial(function.func, *function.args), *args, **function.keywords)
 
@@ -69,7 +75,7 @@ class BlockSeam:
         if value is None:
             return None
         if self.drops_input and match is not None and match[0] is not None:
-            return RecomputedInput(match[0], match[1], value.requires_grad)
+            return RecomputedInput(match[0], match[1], value)
         return KeptInput(value)
 
 
@@ -82,7 +88,7 @@ class _Body:
         self.input = invocation.input if self.dropped else None
         self.noted: Noted | None = None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         invocation = Invocation(self.forward, args, kwargs, self.place)
         if self.noted is None:
             self.noted = self.guard.note()

@@ -13,7 +13,6 @@ from tapeline.planner.schema import BlockPlan, Placement
 from tapeline.runtime.predict import FakeStep
 
 _SEGMENT_LENGTHS = (2, 3, 4, 6, 8, 12, 16, 24)
-_WRITES_BUFFERS = "writes its own buffers in forward: recomputing would change them twice"
 _NOT_RECORDED = "autograd records nothing here"
 
 Blocks = tuple[BlockPlan, ...]
@@ -32,7 +31,7 @@ class Candidates:
         self.kept = step.run(())
         self.names = _in_order_of_execution(step.block_names, self.kept)
         self._kinds = {name: type(model.get_submodule(name)).__name__ for name in self.names}
-        self._fixed = {name: _WRITES_BUFFERS for name in self.names if self.kept.blocks[name].writes_buffers}
+        self._fixed = {name: reason for name in self.names if (reason := self.kept.blocks[name].fixed_reason)}
         probe = [self._place(name, None, "recompute") for name in self.names]
         self.recomputed = step.run(probe)
         for name, facts in self.recomputed.blocks.items():
@@ -95,10 +94,13 @@ class Candidates:
 
     def notes(self) -> Iterator[str]:
         """What could not be chosen freely."""
-        buffered = [name for name, reason in self._fixed.items() if reason == _WRITES_BUFFERS]
-        if buffered:
-            shown = ", ".join(buffered[:3]) + (", ..." if len(buffered) > 3 else "")
-            yield f"{len(buffered)} blocks are kept because each {_WRITES_BUFFERS} ({shown})"
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self._fixed.items():
+            by_reason.setdefault(reason, []).append(name)
+        for reason, names in by_reason.items():
+            if reason != _NOT_RECORDED:
+                shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+                yield f"always kept: {shown} ({len(names)} in all), {reason}"
 
     def _is_chained(self, name: str) -> bool:
         facts = self.recomputed.blocks[name]

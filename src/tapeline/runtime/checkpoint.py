@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from tapeline.compat import CHECKPOINT_DEFAULTS
@@ -26,8 +27,8 @@ def checkpoint(
     This is `torch.utils.checkpoint.checkpoint` in its non-reentrant form and takes all its keyword arguments
     (``preserve_rng_state``, ``context_fn``, ``determinism_check``, ``debug``, ``early_stop``). One thing is added: tensors
     in keyword arguments, also inside tuples, are saved like positional ones, so that an in-place change of one
-    before backward is an error and saved-tensor hooks see them. Tensors inside lists, dicts and other objects are
-    held as they are and not checked, as in torch.
+    before backward is an error and saved-tensor hooks see them. An in-place change of a tensor inside a list or dict is an
+    error as well; inside other objects it is not seen, as in torch.
 
     Args:
         function: what to run. It is called again in backward and must compute the same.
@@ -54,34 +55,57 @@ def checkpoint(
             "use_reentrant=True is not supported: reentrant checkpointing gives no gradients, without an error, when no "
             "input requires grad, and does not work with torch.autograd.grad. Leave the argument out."
         )
-    options = CHECKPOINT_DEFAULTS | {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
-    if not kwargs:
-        return torch_checkpoint(function, *args, use_reentrant=False, **options)
-    call = _Call(function, len(args), kwargs)
+    options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+    return run_checkpointed(function, args, kwargs, options)
+
+
+def run_checkpointed(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any] | None = None
+) -> Any:
+    """`checkpoint` with the arguments of the function and the options apart, so that no name can be mistaken."""
+    options = CHECKPOINT_DEFAULTS | (options or {})
+    call = _Call(function, args, kwargs)
     tensors, call.tensors = call.tensors, []  # torch saves them; held here as well, hooks could not move them
-    return torch_checkpoint(call, *args, *tensors, use_reentrant=False, **options)
+    return torch_checkpoint(call, *tensors, use_reentrant=False, **options)
 
 
 class _Call:
-    """Calls a function with the tensors of its keyword arguments given by position."""
+    """Calls a function with the tensors of its arguments given by position.
 
-    def __init__(self, function: Callable[..., Any], num_args: int, kwargs: dict[str, Any]) -> None:
-        self.function, self.num_args = function, num_args
+    Tensors in lists, dicts and other containers stay where they are; an in-place change of one is noticed here.
+    """
+
+    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.function = function
         self.tensors: list[torch.Tensor] = []
+        self.unsaved: list[tuple[torch.Tensor, int]] = []
+        self.args = [self._take(value) for value in args]
         self.kwargs = {name: self._take(value) for name, value in kwargs.items()}
 
-    def __call__(self, *args: Any) -> Any:
-        tensors = iter(args[self.num_args :])
-        kwargs = {name: _put(value, tensors) for name, value in self.kwargs.items()}
-        return self.function(*args[: self.num_args], **kwargs)
+    def __call__(self, *tensors: torch.Tensor) -> Any:
+        for tensor, version in self.unsaved:
+            if tensor._version != version:
+                raise RuntimeError(
+                    "A tensor needed to recompute a checkpointed function has been modified by an inplace operation: it "
+                    f"was passed inside a container, is at version {tensor._version}, expected {version}."
+                )
+        places = iter(tensors)
+        args = [_put(value, places) for value in self.args]
+        kwargs = {name: _put(value, places) for name, value in self.kwargs.items()}
+        return self.function(*args, **kwargs)
 
     def _take(self, value: Any) -> Any:
         """Replace tensors, also those in tuples, by a place to put them back."""
-        if isinstance(value, torch.Tensor) and not _is_inference(value):
+        if isinstance(value, torch.Tensor):
+            if _is_inference(value):
+                return value
             self.tensors.append(value)
             return _PLACE
         if isinstance(value, tuple):
             return _Tuple(type(value), [self._take(item) for item in value])
+        if isinstance(value, (list, dict)) and not torch.compiler.is_compiling():
+            leaves = (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
+            self.unsaved += [(leaf, leaf._version) for leaf in leaves if not leaf.is_inference()]
         return value
 
 

@@ -1,60 +1,95 @@
 """What must not change between the forward of a block and its recompute.
 
-Recomputing reads parameters and buffers a second time, and runs dropout by the same train/eval flags. Autograd's own
-in-place check does not see that, so it is done here: a change is an error, never a silently different gradient.
+Recomputing reads parameters, buffers and other tensors of the block a second time, and runs dropout by the same train/eval
+flags. Autograd's own in-place check does not see that, so it is done here: a change is an error, never a silently different
+gradient.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-Noted = tuple[list[tuple[torch.Tensor | None, int]], list[bool]]
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One tensor of a block as it was: which object, which storage, which version, trained or not."""
+
+    name: str
+    tensor: torch.Tensor
+    storage: int
+    version: int
+    requires_grad: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """The state of a block at one time."""
+
+    sources: dict[str, Source]
+    training: list[bool]
 
 
 class BlockGuard:
-    """Notes and compares the parameters, buffers and train/eval flags of one block.
+    """Notes and compares the tensors and train/eval flags of one block.
 
-    The cost is one pass over the block's tensors per call, without touching a device.
+    The cost is one pass over the attributes of the block's modules per call, without touching a device.
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
-        self.name = name
-        self.modules = list(module.modules())
-        self.sources: list[tuple[dict[str, Any], str]] = []
-        self.names: list[str] = []
-        for prefix, part in module.named_modules():
-            for table in (part._parameters, part._buffers):
-                self.sources += [(table, key) for key in table]
-                self.names += [f"{prefix}.{key}" if prefix else key for key in table]
+        self.name, self.module = name, module
+        self._modules: list[tuple[str, nn.Module]] = []
+        self._children: list[tuple[int, ...]] = []
 
     def has_trainable(self) -> bool:
         """Whether any parameter of the block requires a gradient."""
-        return any((tensor := table.get(key)) is not None and tensor.requires_grad for table, key in self.sources)
+        return any(p is not None and p.requires_grad for _, m in self._walk() for p in m._parameters.values())
 
     def note(self) -> Noted:
-        """Identity and version of every source, and every train/eval flag, as they are now."""
-        tensors = [table.get(key) for table, key in self.sources]
-        return [(t, _version(t)) for t in tensors], [module.training for module in self.modules]
+        """The state now."""
+        sources = {}
+        modules = self._walk()
+        for prefix, module in modules:
+            for table in (module._parameters, module._buffers, vars(module)):
+                for key, tensor in table.items():
+                    if isinstance(tensor, torch.Tensor):
+                        name = f"{prefix}.{key}" if prefix else key
+                        sources[name] = _source(name, tensor)
+        return Noted(sources, [module.training for _, module in modules])
 
-    def check(self, noted: Noted) -> None:
+    def check(self, before: Noted) -> None:
         """Compare with what was noted.
 
         Raises:
             RuntimeError: naming the source that changed, as autograd does for a saved tensor.
         """
-        for (table, key), name, (tensor, version) in zip(self.sources, self.names, noted[0], strict=True):
-            if table.get(key) is not tensor:
+        now = self.note()
+        for name, old in before.sources.items():
+            new = now.sources.get(name)
+            if new is None or new.tensor is not old.tensor or new.storage != old.storage:
                 raise RuntimeError(self._message(name, "was replaced"))
-            if _version(tensor) != version:
-                raise RuntimeError(self._message(name, f"is at version {_version(tensor)}, expected {version}"))
-        if noted[1] != [module.training for module in self.modules]:
+            if new.version != old.version:
+                raise RuntimeError(self._message(name, f"is at version {new.version}, expected {old.version}"))
+            if new.requires_grad != old.requires_grad:
+                raise RuntimeError(self._message(name, "was frozen or unfrozen"))
+        if added := sorted(now.sources.keys() - before.sources.keys()):
+            raise RuntimeError(self._message(added[0], "was added"))
+        if now.training != before.training:
             raise RuntimeError(
                 f"Block {self.name!r} was switched between train and eval mode after its forward: recomputing it in "
                 "backward would apply dropout differently. Call backward before train() or eval()."
             )
+
+    def _walk(self) -> list[tuple[str, nn.Module]]:
+        """The block's modules by name, looked up again if any of them has other children than before."""
+        children = [tuple(map(id, module._modules.values())) for _, module in self._modules]
+        if not children or children != self._children:
+            self._modules = list(self.module.named_modules())
+            self._children = [tuple(map(id, module._modules.values())) for _, module in self._modules]
+        return self._modules
 
     def _message(self, name: str, what: str) -> str:
         return (
@@ -64,5 +99,15 @@ class BlockGuard:
         )
 
 
-def _version(tensor: torch.Tensor | None) -> int:
-    return -1 if tensor is None or tensor.is_inference() else tensor._version
+def _source(name: str, tensor: torch.Tensor) -> Source:
+    version = -1 if tensor.is_inference() else tensor._version
+    return Source(name, tensor, _storage_identity(tensor), version, tensor.requires_grad)
+
+
+def _storage_identity(tensor: torch.Tensor) -> int:
+    """Which storage a tensor has; another one after ``tensor.data = ...``."""
+    try:
+        identity: Any = tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # wrapper subclasses have no storage of their own
+        return 0
+    return int(identity)

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import get_device_states, set_device_states
 
@@ -50,6 +51,7 @@ class KeptInput:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor.detach()
+        self.requires_grad = tensor.requires_grad
         self.version = tensor._version
 
     def peek(self) -> torch.Tensor:
@@ -118,22 +120,29 @@ class BlockCall:
         self.source, self.check = source, check
 
     def output(self, index: int) -> torch.Tensor:
-        """Run the block again without autograd; return the `index`-th tensor of what it returns."""
+        """Run the block again; return the `index`-th tensor of what it returns.
+
+        Autograd is on, as it was: kernels and blocks choose by it. What it would save is thrown away at once.
+        """
         self.check()
         for other in self.others:
             other.peek()
-        with torch.no_grad(), self.ambient.restored():
-            leaves = tensor_leaves(self.invocation.with_input(self.source.peek()).run())
-        return leaves[index]
+        value = self.source.peek().detach().requires_grad_(self.source.requires_grad)
+        with torch.enable_grad(), saved_tensors_hooks(_forget_saved, _never_unpacked), self.ambient.restored():
+            leaves = tensor_leaves(self.invocation.with_input(value).run())
+        return leaves[index].detach()
 
 
 class RecomputedInput:
     """An input that was dropped: output `index` of `call`."""
 
-    def __init__(self, call: BlockCall, index: int, requires_grad: bool) -> None:
-        self.call, self.index, self.requires_grad = call, index, requires_grad
+    def __init__(self, call: BlockCall, index: int, value: torch.Tensor) -> None:
+        self.call, self.index, self.requires_grad = call, index, value.requires_grad
+        self.placeholder = value.detach().new_empty(0)
         self.tensor: torch.Tensor | None = None
-        self._lock = threading.Lock()
+        before = call.source
+        self.lock: threading.Lock = before.lock if isinstance(before, RecomputedInput) else threading.Lock()
+        """One for the whole segment: rebuilding one input fills in those before it."""
 
     def peek(self) -> torch.Tensor:
         """The value, without giving up the copy that the block's own recompute will take."""
@@ -142,7 +151,7 @@ class RecomputedInput:
 
     def take(self) -> torch.Tensor:
         """Rebuild what is missing, from the last kept input on, and hand the value over."""
-        with self._lock:
+        with self.lock:
             for missing in self._missing():
                 missing.tensor = missing.call.output(missing.index)
             value = self.peek()
@@ -190,6 +199,14 @@ def _forget(chain: weakref.ref[Chain], thread: int) -> None:
     alive = chain()
     if alive is not None and thread in alive._last and all(ref() is None for ref, _ in alive._last[thread][0]):
         del alive._last[thread]
+
+
+def _forget_saved(tensor: torch.Tensor) -> None:
+    """Pack hook: keep nothing."""
+
+
+def _never_unpacked(packed: None) -> torch.Tensor:
+    raise AssertionError("no backward runs through a replay")
 
 
 def _input_place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str | None:

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
+from tapeline.errors import UsageError
 from tapeline.planner.schema import BlockPlan
 from tapeline.runtime.block import BlockSeam
 from tapeline.runtime.blocks import is_transformers_layer
 from tapeline.runtime.inputs import Chain
 
 _MISSING = object()
+_CACHE_NAMES = ("past_key_values", "layer_past", "past_key_value")
 
 
 class Patches:
-    """Instance attributes that were set, and what they were before."""
+    """Instance attributes and hooks that were set, and what was there before."""
 
     def __init__(self) -> None:
         self._undo: list[tuple[Any, str, Any]] = []
         self._expected: list[tuple[Any, str, Any]] = []
+        self._handles: list[RemovableHandle] = []
+
+    def hook(self, module: nn.Module, hook: Any) -> None:
+        """Add a forward pre-hook with keyword arguments to this one module."""
+        self._handles.append(module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
 
     def set(self, target: Any, name: str, value: Any) -> None:
         """Set an attribute of this one object."""
@@ -31,17 +41,27 @@ class Patches:
 
     def replaced(self) -> list[str]:
         """Attributes that somebody else has set since, as ``Class.attribute``."""
-        return [f"{type(t).__name__}.{name}" for t, name, value in self._expected if getattr(t, name, None) != value]
+        return [f"{type(target).__name__}.{name}" for target, name, _ in self._changed()]
 
     def undo(self) -> None:
-        """Put everything back; safe to call twice."""
+        """Put everything back, but for objects that somebody else has set anew since; safe to call twice."""
+        taken_over = {id(target) for target, _, _ in self._changed()}
         while self._undo:
             target, name, before = self._undo.pop()
+            if id(target) in taken_over:
+                continue
             if before is _MISSING:
                 vars(target).pop(name, None)
             else:
                 setattr(target, name, before)
+        for handle in self._handles:
+            handle.remove()
         self._expected.clear()
+        self._handles.clear()
+
+    def _changed(self) -> list[tuple[Any, str, Any]]:
+        last = {(id(target), name): (target, name, value) for target, name, value in self._expected}
+        return [(t, name, value) for t, name, value in last.values() if getattr(t, name, None) != value]
 
 
 class InstanceForward:
@@ -88,9 +108,9 @@ def managed_module(model: nn.Module) -> str | None:
     name: str
     for name, module in model.named_modules():
         function = vars(module).get("_gradient_checkpointing_func")
-        if isinstance(getattr(function, "__self__", None), BlockSeam):
-            return name
-        if isinstance(vars(module).get("forward"), InstanceForward):
+        forward = vars(module).get("forward")
+        seam = forward.seam if isinstance(forward, InstanceForward) else getattr(function, "__self__", None)
+        if isinstance(seam, BlockSeam) and seam.is_in_force:
             return name
     return None
 
@@ -100,6 +120,7 @@ def install_seam(patches: Patches, module: nn.Module, seam: BlockSeam) -> None:
     if is_transformers_layer(module):
         patches.set(module, "_gradient_checkpointing_func", seam.from_partial)
         patches.set(module, "gradient_checkpointing", True)
+        patches.hook(module, _refuse_filled_cache)
     else:
         patches.set(module, "forward", InstanceForward(module, seam, vars(module).get("forward")))
 
@@ -113,19 +134,28 @@ def switch_off_checkpointing(patches: Patches, model: nn.Module) -> list[nn.Modu
 
 
 def switch_off_cache(patches: Patches, model: nn.Module) -> None:
-    """Set ``use_cache=False`` in every configuration of the model: a cache written twice would be wrong."""
-    for config in _configs(model):
-        if getattr(config, "use_cache", False):
-            patches.set(config, "use_cache", False)
+    """Pass ``use_cache=False`` to every part that would make a cache by its configuration; the configuration stays."""
+    for module in model.modules():
+        if hasattr(module, "config") and "use_cache" in inspect.signature(type(module).forward).parameters:
+            patches.hook(module, _without_cache)
 
 
-def _configs(model: nn.Module) -> Iterator[Any]:
-    seen: set[int] = set()
-    pending = [module.config for module in model.modules() if hasattr(module, "config")]
-    while pending:
-        config = pending.pop()
-        if id(config) in seen or not hasattr(config, "__dict__"):
-            continue
-        seen.add(id(config))
-        yield config
-        pending += [value for value in vars(config).values() if hasattr(value, "use_cache")]
+def has_filled_cache(kwargs: dict[str, Any]) -> bool:
+    """Whether a layer is called with a cache that already holds keys and values, such as a learned prefix."""
+    caches = (kwargs.get(name) for name in _CACHE_NAMES)
+    return any(cache.get_seq_length() > 0 for cache in caches if cache is not None and hasattr(cache, "get_seq_length"))
+
+
+def _without_cache(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    if not (module.training and torch.is_grad_enabled()) or kwargs.get("use_cache") is not None:
+        return None
+    return args, kwargs | {"use_cache": False}
+
+
+def _refuse_filled_cache(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """transformers drops the cache of a layer that is recomputed: the result would be another one."""
+    if module.training and torch.is_grad_enabled() and has_filled_cache(kwargs):
+        raise UsageError(
+            f"{type(module).__name__} is to be recomputed and was called with a filled cache, which cannot be replayed: "
+            "plan with a batch that has the cache, so that the layers are kept, or leave the cache out."
+        )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.optimizer import _default_to_fused_or_foreach
+from torch.utils._pytree import tree_leaves
 
 from tapeline.errors import TapelineError, UnsupportedModelError, UsageError, did_you_mean
 from tapeline.ledger import OPTIMIZER, Ledger
@@ -57,7 +58,7 @@ class FakeStep:
         self.model = fake_copy(self.mode, model, memo)
         if not self.model.training:
             self.model.train()
-        self.batch = fake_batch(self.mode, batch)
+        self.batch = batch
         self.optimizer = self._copy_optimizer(optimizer, model, memo)
 
     def run(self, blocks: Sequence[BlockPlan], *, batch: Any = None) -> StepProfile:
@@ -68,17 +69,19 @@ class FakeStep:
             batch: another micro-batch than the one given at first.
         """
         patches = Patches()
+        micro_batch = fake_batch(self.mode, self.batch if batch is None else batch)
         with self._environment(), _explained(type(self.model).__name__):
             try:
                 seams = install_blocks(patches, self.model, blocks)
                 self._warm_up()
                 meter = StepMeter(self.model, self.block_names, self.device)
                 return meter.run(
-                    self.batch if batch is None else fake_batch(self.mode, batch),
+                    micro_batch,
                     optimizer=self.optimizer,
                     loss_fn=self.loss_fn,
                     accumulation=self.accumulation,
                     seams=seams,
+                    optimizer_step=self._optimizer_step,
                 )
             finally:
                 patches.undo()
@@ -88,6 +91,7 @@ class FakeStep:
     def _environment(self) -> Iterator[None]:
         """Fake tensors on; random state, grad mode and other libraries' one-time warnings as they were."""
         with (
+            torch.inference_mode(mode=False),
             preserved_random_state(),
             self.mode,
             torch.enable_grad(),
@@ -101,12 +105,7 @@ class FakeStep:
         if spec is None:
             return None
         if isinstance(spec, torch.optim.Optimizer):
-            memo[id(spec.state)] = defaultdict(dict)
-            copied = fake_copy(self.mode, spec, memo)
-            # an lr scheduler replaces `step` on the instance by a closure over the real optimizer
-            vars(copied).pop("step", None)
-            for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
-                vars(copied)[hooks] = type(vars(copied)[hooks])()
+            copied = _copy_optimizer(self.mode, spec, memo)
         else:
             with self.mode:
                 copied = _make_optimizer(spec, [p for p in self.model.parameters() if p.requires_grad])
@@ -120,14 +119,16 @@ class FakeStep:
         """
         if self.optimizer is None:
             return profile.peak_bytes
+        batch = fake_batch(self.mode, self.batch)
         with self._environment():
             ledger = Ledger(self.device)
             self.optimizer.state.clear()
             self._fill_gradients()
             track_training_state(ledger, self.model, None)
+            ledger.track((leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)), "batch")
             before = ledger.live_bytes()
             with ledger:
-                self.optimizer.step()
+                self._optimizer_step()
             state_bytes = ledger.live_bytes() - before
             self.model.zero_grad(set_to_none=True)
         earlier = (point.peak_bytes for point in profile.points if point.phase != OPTIMIZER)
@@ -138,8 +139,21 @@ class FakeStep:
         if self.optimizer is None or self.optimizer.state:
             return
         self._fill_gradients()
-        self.optimizer.step()
+        self._optimizer_step()
         self.model.zero_grad(set_to_none=True)
+
+    def _optimizer_step(self) -> None:
+        assert self.optimizer is not None, "called where there is one"
+        self.mode.assumes_scalars = True
+        try:
+            self.optimizer.step()
+        except TypeError as error:
+            raise UsageError(
+                f"{type(self.optimizer).__name__}.step() cannot be run without arguments ({error}): leave it out with "
+                "optimizer=None, its state is then not counted."
+            ) from error
+        finally:
+            self.mode.assumes_scalars = False
 
     def _fill_gradients(self) -> None:
         for parameter in self.model.parameters():
@@ -154,6 +168,21 @@ def model_device(model: nn.Module) -> torch.device:
     if not sizes:
         raise UsageError(f"{type(model).__name__} has no parameters: there is nothing to train.")
     return max(sizes, key=lambda device: sizes[device])
+
+
+def _copy_optimizer(mode: ShapeMode, real: torch.optim.Optimizer, memo: dict[int, Any]) -> torch.optim.Optimizer:
+    """A copy on fake parameters, without state, hooks, and the `step` that an lr scheduler put on the instance.
+
+    `copy.deepcopy` of an optimizer keeps three attributes only; subclasses have more.
+    """
+    copied = type(real).__new__(type(real))
+    memo[id(real)] = copied
+    memo[id(real.state)] = defaultdict(dict)
+    own = {name: value for name, value in vars(real).items() if name != "step"}
+    vars(copied).update(fake_copy(mode, own, memo))
+    for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+        vars(copied)[hooks] = type(vars(copied)[hooks])()
+    return copied
 
 
 def _make_optimizer(

@@ -90,19 +90,27 @@ class Session:
         model: the model that the plan was made for.
         plan: the plan.
         measure: measure the peak of the ``with`` body.
+        optimizer: whose existing state the ``with`` body counts from its start.
 
     Raises:
         UsageError: if the plan names blocks that the model does not have, or a session is in force already.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, *, measure: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, plan: Plan, *, measure: bool = True, optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
         if (name := managed_module(model)) is not None:
             raise UsageError(f"A session is already in force on this model (block {name!r}): call its remove() first.")
         _check_blocks(model, plan)
         self.model, self.plan = model, plan
-        self._patches = Patches()
-        self._seams = install_blocks(self._patches, model, plan.blocks)
+        self._optimizer = optimizer
         self._meter: PeakMeter = make_meter(model, model_device(model))
+        self._patches = Patches()
+        try:
+            self._seams = install_blocks(self._patches, model, plan.blocks)
+        except BaseException:
+            self._patches.undo()
+            raise
         self._stack = ExitStack()
         self._measures_body = measure
         self._is_measuring = False
@@ -111,7 +119,7 @@ class Session:
 
     def __enter__(self) -> Session:
         if self._measures_body:
-            self._stack.enter_context(self.measure())
+            self._stack.enter_context(self.measure(self._optimizer))
         return self
 
     def __exit__(
@@ -189,7 +197,9 @@ class Session:
         return [note for note in notes if note not in self._notes]
 
 
-def apply(model: nn.Module, plan: Plan, *, measure: bool = True) -> Session:
+def apply(
+    model: nn.Module, plan: Plan, *, measure: bool = True, optimizer: torch.optim.Optimizer | None = None
+) -> Session:
     """Put a plan in force on `model`; see `Session`.
 
     Example:
@@ -202,7 +212,7 @@ def apply(model: nn.Module, plan: Plan, *, measure: bool = True) -> Session:
         >>> abs(session.report().deviation) < 0.02
         True
     """
-    return Session(model, plan, measure=measure)
+    return Session(model, plan, measure=measure, optimizer=optimizer)
 
 
 def _check_blocks(model: nn.Module, plan: Plan) -> None:

@@ -15,6 +15,7 @@ from tapeline.errors import UsageError
 from tapeline.ledger import BACKWARD, FORWARD, OPTIMIZER, RECOMPUTE, Ledger, Span
 from tapeline.planner.profile import BlockFacts, Point, StepProfile
 from tapeline.runtime.block import BlockSeam
+from tapeline.runtime.watch import StateWatch
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
 
@@ -63,6 +64,7 @@ class StepMeter:
         loss_fn: LossFn = model_loss,
         accumulation: int = 1,
         seams: Mapping[str, BlockSeam] | None = None,
+        optimizer_step: Callable[[], None] | None = None,
     ) -> StepProfile:
         """Forward and backward of `accumulation` micro-batches, then the optimizer step, gradients set to none.
 
@@ -72,25 +74,28 @@ class StepMeter:
             loss_fn: called as ``loss_fn(model, batch)``, returns a scalar.
             accumulation: number of micro-batches.
             seams: the block seams in force, for facts about their calls.
+            optimizer_step: called instead of ``optimizer.step``.
         """
         self.flops.clear()
         ledger = Ledger(self.device, observe=self._count)
-        buffers = _BufferWatch(self.model, self.block_names)
+        watch = StateWatch(self.model, self.block_names)
         track_training_state(ledger, self.model, optimizer)
         ledger.track((leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)), "batch")
         ledger.begin_window()
-        with ledger, ledger.watch(self.model, self.block_names), buffers:
+        with ledger, ledger.watch(self.model, self.block_names), watch:
             for _ in range(accumulation):
                 with ledger.scope(FORWARD):
                     loss = loss_fn(self.model, batch)
                     if accumulation > 1:
                         loss = loss / accumulation
+                    # as at the end of the autocast context that a training loop has around its forward
+                    torch.clear_autocast_cache()
                 loss.backward()
                 del loss
             ledger.track((p.grad for p in self.model.parameters()), "gradients")
             with ledger.scope(OPTIMIZER):
                 if optimizer is not None:
-                    optimizer.step()
+                    (optimizer_step or optimizer.step)()
                 _track_state(ledger, optimizer)
                 self.model.zero_grad(set_to_none=True)
         return StepProfile(
@@ -98,7 +103,7 @@ class StepMeter:
             flops=sum(self.flops.values()),
             memory=_memory(ledger),
             points=tuple(_points(ledger.spans)),
-            blocks={name: self._facts(name, seams or {}, buffers) for name in self.block_names},
+            blocks={name: self._facts(name, seams or {}, watch) for name in self.block_names},
         )
 
     def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, span: Span) -> None:
@@ -106,43 +111,14 @@ class StepMeter:
         if flops:
             self.flops[span.phase, span.block] += flops
 
-    def _facts(self, name: str, seams: Mapping[str, BlockSeam], buffers: _BufferWatch) -> BlockFacts:
+    def _facts(self, name: str, seams: Mapping[str, BlockSeam], watch: StateWatch) -> BlockFacts:
         seam = seams.get(name)
         return BlockFacts(
             recompute_flops=self.flops[RECOMPUTE, name],
             num_calls=seam.num_calls if seam else 0,
             num_chained=seam.num_chained if seam else 0,
-            writes_buffers=name in buffers.written,
+            fixed_reason=watch.reasons.get(name, ""),
         )
-
-
-class _BufferWatch:
-    """Notices blocks whose forward changes their own buffers."""
-
-    def __init__(self, model: nn.Module, block_names: Iterable[str]) -> None:
-        self.model, self.block_names = model, list(block_names)
-        self.written: set[str] = set()
-        self._handles: list[Any] = []
-        self._before: dict[str, Any] = {}
-
-    def __enter__(self) -> _BufferWatch:
-        for name in self.block_names:
-            module = self.model.get_submodule(name)
-            if any(True for _ in module.buffers()):
-                self._handles.append(module.register_forward_pre_hook(lambda m, _, n=name: self._note(n, m)))
-                self._handles.append(module.register_forward_hook(lambda m, _, __, n=name: self._compare(n, m)))
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _note(self, name: str, module: nn.Module) -> None:
-        self._before[name] = [(id(b), b._version) for b in module.buffers()]
-
-    def _compare(self, name: str, module: nn.Module) -> None:
-        if self._before.pop(name, None) != [(id(b), b._version) for b in module.buffers()]:
-            self.written.add(name)
 
 
 def track_training_state(ledger: Ledger, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:

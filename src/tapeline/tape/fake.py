@@ -8,10 +8,13 @@ branches decide which ops run.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import random
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import (
@@ -22,13 +25,14 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map
 
 from tapeline.errors import UnsupportedModelError, UsageError
 
 T = TypeVar("T")
 aten = torch.ops.aten
 _MAX_REAL_NUMEL = 2**25
+_UNKNOWN = object()
 _INTEGERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
@@ -51,26 +55,73 @@ class ShapeMode(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=False)
+        self.assumes_scalars = False
+        """Answer the value of a fake scalar with 1, as an optimizer may ask for it; forwards must not."""
+        self._own: dict[int, weakref.ref[Any]] = {}
+
+    def __enter__(self) -> ShapeMode:
+        # only while the mode is active: a fake tensor that escaped (a cached table) must not mix with real ones later
+        self.fake_mode.allow_non_fake_inputs = True
+        return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
+
+    def __exit__(self, *exc: object) -> None:
+        super().__exit__(*exc)  # type: ignore[no-untyped-call]
+        self.fake_mode.allow_non_fake_inputs = False
+
+    def adopt(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Copy a real tensor, so that the step may write into it."""
+        copied = tensor.detach().clone()
+        self._own_storage(copied)
+        return copied
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         has_real, has_fake, wants_grad = _kinds_of_tensors(args, kwargs)
-        if wants_grad:
+        if wants_grad and torch.is_grad_enabled():
             raise UsageError(
                 f"The step reads a real tensor that requires grad ({func}): it uses a model of its own instead of the one it "
                 "is given. In loss_fn, use the model argument: loss_fn=lambda model, batch: model(**batch).loss."
             )
         if has_fake:
             return self._with_fake_arguments(func, args, kwargs)
+        if func is aten.lift_fresh.default and not has_fake:
+            self._own_storage(args[0])  # `torch.tensor(...)` made it just now
+        if func._schema.is_mutable:
+            self._check_own(func, args)
         if has_real and func is aten._local_scalar_dense.default:
             return func(*args, **kwargs)
         shape_only = self._fake(func, args, kwargs, may_depend_on_data=has_real)
-        if shape_only is None or _is_small_integer(shape_only) or _is_scalar(shape_only):
-            return func(*args, **kwargs)
+        if shape_only is _UNKNOWN or _is_small_integer(shape_only) or _is_scalar(shape_only):
+            return self._real(func, args, kwargs)
         return shape_only
+
+    def _real(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an op for real; a storage it makes belongs to this mode."""
+        out = func(*args, **kwargs)
+        given = {t.untyped_storage()._cdata for t in _real_tensors((*args, *kwargs.values()))}
+        for tensor in _real_tensors(out if isinstance(out, list | tuple) else [out]):
+            if tensor.untyped_storage()._cdata not in given:
+                self._own_storage(tensor)
+        return out
+
+    def _own_storage(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        self._own[key] = weakref.ref(storage, lambda _: self._own.pop(key, None))
+
+    def _check_own(self, func: Any, args: Any) -> None:
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            is_written = argument.alias_info is not None and argument.alias_info.is_write
+            for tensor in _real_tensors(value if isinstance(value, list | tuple) else [value]) if is_written else ():
+                if tensor.untyped_storage()._cdata not in self._own:
+                    raise UsageError(
+                        f"The step changes a tensor in place that belongs neither to the model nor to the batch ({func}, "
+                        f"{tensor.dtype} of shape {list(tensor.shape)}): planning would change it for real. Make it a buffer "
+                        "of the model, or keep it out of loss_fn."
+                    )
 
     def _with_fake_arguments(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
@@ -97,7 +148,9 @@ class ShapeMode(TorchDispatchMode):
                 return func(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             if may_depend_on_data:
-                return None  # a real integer tensor: run it for real
+                return _UNKNOWN  # a real integer tensor: run it for real
+            if self.assumes_scalars and func is aten._local_scalar_dense.default:
+                return 1.0
             raise UnsupportedModelError(
                 f"The forward depends on the values of activations ({func}), so its memory cannot be predicted "
                 "without running it. For mixture-of-experts models choose grouped experts "
@@ -107,9 +160,15 @@ class ShapeMode(TorchDispatchMode):
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Put the random state of the CPU and of every initialised accelerator back on leaving."""
-    with torch.random.fork_rng(devices=_initialized_devices(), device_type=_accelerator_type()):
-        yield
+    """Put the random state of Python, NumPy, the CPU and every initialised accelerator back on leaving."""
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()  # noqa: NPY002 - the global state is the one models draw from
+    try:
+        with torch.random.fork_rng(devices=_initialized_devices(), device_type=_accelerator_type()):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
 
 
 def fake_copy(mode: ShapeMode, thing: T, memo: dict[int, Any] | None = None) -> T:
@@ -151,18 +210,20 @@ def _copy_parameters(mode: ShapeMode, model: nn.Module, memo: dict[int, Any]) ->
                 vars(fake)[name] = copy.deepcopy(value, memo)
 
 
-def fake_batch(mode: ShapeMode, batch: T) -> T:
-    """Copy a batch: floating-point tensors become fake, small integer tensors stay as they are."""
-    return tree_map_only(torch.Tensor, lambda t: _fake_input(mode, t), batch)  # type: ignore[no-any-return]
+def fake_batch(mode: ShapeMode, batch: Any) -> Any:
+    """Copy a batch: floating-point tensors become fake, small integer tensors stay real."""
+    if isinstance(batch, Mapping) and not isinstance(batch, dict):  # such as a BatchEncoding
+        batch = dict(batch)
+    with torch.inference_mode(mode=False):
+        return tree_map(lambda leaf: _fake_input(mode, leaf), batch)
 
 
-def is_fake(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, FakeTensor)
-
-
-def _fake_input(mode: ShapeMode, tensor: torch.Tensor) -> torch.Tensor:
+def _fake_input(mode: ShapeMode, tensor: Any) -> Any:
+    if not isinstance(tensor, torch.Tensor):
+        is_plain = tensor is None or isinstance(tensor, str | bytes | int | float | type) or callable(tensor)
+        return tensor if is_plain else fake_copy(mode, tensor)
     if _is_small_integer(tensor):
-        return tensor
+        return mode.adopt(tensor)
     fake = mode.fake_mode.from_tensor(tensor.detach(), static_shapes=True)
     return fake.requires_grad_(tensor.requires_grad)
 
@@ -180,6 +241,14 @@ def _kinds_of_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bo
         elif isinstance(value, list | tuple):
             stack.extend(value)
     return has_real, has_fake, wants_grad
+
+
+def _real_tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _real_tensors(value)
 
 
 def _is_small_integer(value: Any) -> bool:

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tapeline
+from tests.models import TinyModel, assert_equal
+
+
+class Switch(nn.Module):
+    """Its arguments are called like the options of torch's checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(
+        self, x: torch.Tensor, *, debug: bool = False, early_stop: bool = True, forward: int = 1, function: int = 2
+    ) -> torch.Tensor:
+        y = self.linear(x).sin() if debug else self.linear(x).cos()
+        return y * forward * function if early_stop else y
+
+
+class Switches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Switch() for _ in range(3)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x, debug=True, early_stop=False, forward=3, function=4)
+        return x.pow(2).mean()
+
+
+@pytest.mark.parametrize("mode", ["recompute", "segments:2"])
+def test_arguments_of_a_block_are_never_taken_for_options(mode: str) -> None:
+    tiny = TinyModel(Switches(), (torch.randn(4, 8),))
+    expected = tiny.step()
+    with tapeline.fit(tiny.model, tiny.batch, mode=mode, measure=False):
+        assert_equal(tiny.step(), expected)
+
+
+class Nested(nn.Module):
+    """Tensors come inside containers, and hang on the module as a plain attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.table = torch.ones(8)
+
+    def forward(self, x: torch.Tensor, pair: Any, *, listed: Any) -> torch.Tensor:
+        return (self.linear(x) * pair[0][0] * listed[0] * self.table).sin() * pair[1]
+
+
+class Nests(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Nested() for _ in range(3)])
+
+    def forward(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x, ((a,), 2), listed=[b])
+        return x.pow(2).mean()
+
+
+@pytest.mark.parametrize("mode", ["recompute", "segments:2"])
+@pytest.mark.parametrize("what", ["tuple", "list", "attribute"])
+def test_tensors_in_containers_and_attributes_are_checked(mode: str, what: str) -> None:
+    a, b = torch.rand(8), torch.rand(8)
+    tiny = TinyModel(Nests(), (torch.randn(4, 8), a, b))
+    expected = tiny.step()
+    with tapeline.fit(tiny.model, tiny.batch, mode=mode, measure=False):
+        assert_equal(tiny.step(), expected)
+        loss = tiny.model(*tiny.batch)
+        {"tuple": a, "list": b, "attribute": tiny.model.layers[1].table}[what].add_(1)
+        with pytest.raises(RuntimeError, match="modified"):
+            loss.backward()
+
+
+class Counting(nn.Module):
+    """Counts its calls, as blocks with a schedule do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.linear(x).sin()
+
+
+def test_blocks_that_change_their_own_attributes_are_kept() -> None:
+    model = nn.Sequential(*[Counting() for _ in range(3)])
+    plan = tapeline.plan(model, torch.randn(2, 8), mode="recompute", loss_fn=lambda m, x: m(x).sum())
+    assert {block.saved for block in plan.blocks} == {"device"}
+    assert "attributes" in plan.notes[0]
+    assert all(block.calls == 0 for block in model)
+
+
+def test_blocks_with_a_prefilled_cache_are_kept() -> None:
+    """transformers empties the cache of a layer that it checkpoints: prefix tuning would lose its prefix."""
+    from peft import PrefixTuningConfig, get_peft_model
+
+    from tests.models import _llama, token_batch
+
+    model = get_peft_model(
+        _llama(attention_dropout=0.0), PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    )
+    tiny = TinyModel(model, token_batch())
+    plain = TinyModel(_llama(), token_batch())
+    plan = tapeline.plan(tiny.model, tiny.batch, mode="recompute")
+    assert {block.saved for block in plan.blocks} == {"device"}
+    assert "cache" in plan.notes[0]
+    expected = tiny.step()
+    with tapeline.apply(tiny.model, plan, measure=False):
+        assert_equal(tiny.step(), expected)
+    assert {b.saved for b in tapeline.plan(plain.model, plain.batch, mode="recompute").blocks} == {"recompute"}
+
+
+def test_a_filled_cache_in_a_recomputed_layer_is_refused(llama: TinyModel) -> None:
+    with torch.no_grad():
+        cache = llama.model(**llama.batch, use_cache=True).past_key_values
+    with (
+        tapeline.fit(llama.model, llama.batch, mode="recompute", measure=False),
+        pytest.raises(tapeline.UsageError, match="filled cache"),
+    ):
+        llama.model(input_ids=llama.batch["input_ids"][:, :1], past_key_values=cache)
