@@ -21,13 +21,19 @@ app = typer.Typer(
 app.command(name="train", no_args_is_help=False)(train)
 
 
-@app.callback()
-def _root(
-    version: bool = typer.Option(False, "--version", help="Print the version and leave.", is_eager=True),
-) -> None:
-    if version:
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
         typer.echo(f"tapeline {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", help="Print it and leave.", callback=_print_version, is_eager=True
+    ),
+) -> None:
+    """Options that stand before a command."""
 
 
 def main() -> None:

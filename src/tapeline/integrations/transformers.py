@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tapeline.errors import UsageError, did_you_mean
+from tapeline.errors import UsageError
 from tapeline.runtime.session import Session
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_model(name: str, *, dtype: str = "auto", load_in_4bit: bool = False) -> nn.Module:
@@ -26,12 +24,10 @@ def load_model(name: str, *, dtype: str = "auto", load_in_4bit: bool = False) ->
         load_in_4bit: quantise the weights to nf4 with bitsandbytes while loading.
 
     Raises:
-        UsageError: if there is no such model, or the dtype is unknown.
+        UsageError: if there is no such model, or it cannot be loaded so.
     """
     from transformers import AutoModelForCausalLM
 
-    if dtype not in DTYPES:
-        raise UsageError(f"Unknown dtype {dtype!r}{did_you_mean(dtype, DTYPES)}: use {', '.join(DTYPES)}.")
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if load_in_4bit:
         options["quantization_config"] = _nf4(options["dtype"])
@@ -98,25 +94,25 @@ class StepMeasurer:
     Args:
         session: the plan in force.
         wants: called with the number of the coming step (from 1); whether to measure it.
-        on_measured: called with the number of the step, its peak in bytes, and its largest micro-batch.
+        on_measured: called with the number of the step, its peak in bytes, and its micro-batches.
     """
 
     def __init__(
         self,
         session: Session,
         wants: Callable[[int], bool],
-        on_measured: Callable[[int, int, dict[str, torch.Tensor]], None],
+        on_measured: Callable[[int, int, list[dict[str, torch.Tensor]]], None],
     ) -> None:
         self.session, self.wants, self.on_measured = session, wants, on_measured
         self._stack = ExitStack()
         self._is_open = False
-        self._batch: dict[str, torch.Tensor] = {}
+        self._batches: list[dict[str, torch.Tensor]] = []
 
     def begin(self, step: int, optimizer: Any) -> None:
         """Open a measurement if this step is wanted."""
         if not self.wants(step):
             return
-        self._batch, self._is_open = {}, True
+        self._batches, self._is_open = [], True
         hook = self.session.model.register_forward_pre_hook(self._note_batch, with_kwargs=True)
         self._stack.callback(hook.remove)
         self._stack.enter_context(self.session.measure(getattr(optimizer, "optimizer", optimizer)))
@@ -125,8 +121,8 @@ class StepMeasurer:
         """Close the measurement, if one is open, and report it."""
         was_open = self._is_open
         self.abandon()
-        if was_open and self._batch and self.session.last_peak_bytes is not None:
-            self.on_measured(step, self.session.last_peak_bytes, self._batch)
+        if was_open and self._batches and self.session.last_peak_bytes is not None:
+            self.on_measured(step, self.session.last_peak_bytes, self._batches)
 
     def abandon(self) -> None:
         """Close an open measurement without reporting it, as after an exception."""
@@ -149,13 +145,7 @@ class StepMeasurer:
         return Callback()
 
     def _note_batch(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        batch = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor) and value.dim() > 0}
-        if _num_elements(batch) >= _num_elements(self._batch):
-            self._batch = batch
-
-
-def _num_elements(batch: dict[str, torch.Tensor]) -> int:
-    return sum(tensor.numel() for tensor in batch.values())
+        self._batches.append({n: v for n, v in kwargs.items() if isinstance(v, torch.Tensor) and v.dim() > 0})
 
 
 def _nf4(dtype: Any) -> Any:

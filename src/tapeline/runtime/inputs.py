@@ -205,7 +205,7 @@ def _forget_saved(tensor: torch.Tensor) -> None:
     """Pack hook: keep nothing."""
 
 
-def _never_unpacked(packed: None) -> torch.Tensor:
+def _never_unpacked(_: None) -> torch.Tensor:
     raise AssertionError("no backward runs through a replay")
 
 

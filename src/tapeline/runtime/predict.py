@@ -35,6 +35,7 @@ class FakeStep:
             an optimizer, or ``None`` to leave the optimizer out.
         loss_fn: called as ``loss_fn(model, batch)``.
         accumulation: number of micro-batches in a step.
+        reserve_bytes: bytes on the device that something else holds all the time.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class FakeStep:
         optimizer: OptimizerSpec = None,
         loss_fn: LossFn = model_loss,
         accumulation: int = 1,
+        reserve_bytes: int = 0,
     ) -> None:
         if (name := managed_module(model)) is not None:
             raise UsageError(
@@ -59,29 +61,32 @@ class FakeStep:
         if not self.model.training:
             self.model.train()
         self.batch = batch
+        with self.mode:
+            self.others = [torch.empty(reserve_bytes, dtype=torch.uint8, device=self.device)] if reserve_bytes else []
         self.optimizer = self._copy_optimizer(optimizer, model, memo)
 
-    def run(self, blocks: Sequence[BlockPlan], *, batch: Any = None) -> StepProfile:
+    def run(self, blocks: Sequence[BlockPlan], *, micro_batches: Sequence[Any] = ()) -> StepProfile:
         """Run one step with the blocks placed as given, with the optimizer's state in place.
 
         Args:
             blocks: placements; an empty sequence runs the untouched model.
-            batch: another micro-batch than the one given at first.
+            micro_batches: others than the one given at first, `accumulation` times.
         """
         patches = Patches()
-        micro_batch = fake_batch(self.mode, self.batch if batch is None else batch)
+        real = list(micro_batches) or [self.batch] * self.accumulation
+        fakes = [fake_batch(self.mode, batch) for batch in real]
         with self._environment(), _explained(type(self.model).__name__):
             try:
                 seams = install_blocks(patches, self.model, blocks)
                 self._warm_up()
                 meter = StepMeter(self.model, self.block_names, self.device)
                 return meter.run(
-                    micro_batch,
+                    fakes,
                     optimizer=self.optimizer,
                     loss_fn=self.loss_fn,
-                    accumulation=self.accumulation,
                     seams=seams,
                     optimizer_step=self._optimizer_step,
+                    others=self.others,
                 )
             finally:
                 patches.undo()
@@ -125,6 +130,7 @@ class FakeStep:
             self.optimizer.state.clear()
             self._fill_gradients()
             track_training_state(ledger, self.model, None)
+            ledger.track(self.others, "other")
             ledger.track((leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)), "batch")
             before = ledger.live_bytes()
             with ledger:

@@ -17,7 +17,7 @@ from tapeline.runtime.blocks import find_blocks
 from tapeline.runtime.candidates import Blocks, Candidates
 from tapeline.runtime.predict import FakeStep, OptimizerSpec
 from tapeline.runtime.step import LossFn, model_loss
-from tapeline.units import Budget, format_bytes, parse_budget
+from tapeline.units import Budget, format_bytes, parse_budget, parse_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ def plan(
     loss_fn: LossFn = model_loss,
     accumulation: int = 1,
     margin: str | int | None = None,
+    reserve: str | int = 0,
     on_infeasible: Literal["error", "warn"] = "error",
 ) -> Plan:
     """Predict the peak of a training step and choose what to recompute. Nothing runs and nothing changes.
@@ -59,6 +60,8 @@ def plan(
         accumulation: micro-batches per optimizer step; above 1, gradients are alive during the forward.
         margin: bytes, or a share such as ``"5%"`` of the budget, to stay below it. Default: 5 % for an
             automatic budget, none for one that was named.
+        reserve: bytes on the device that something else holds all the time (an averaged copy of the weights, say); they
+            count in every prediction.
         on_infeasible: ``"error"``, or ``"warn"`` to get the plan with the smallest peak instead.
 
     Returns:
@@ -84,7 +87,15 @@ def plan(
         raise UsageError(f"on_infeasible must be 'error' or 'warn', got {on_infeasible!r}.")
     wanted = parse_budget(budget) or (Budget(auto=True) if name == "auto" else None)
     names = _block_names(model, blocks, name)
-    step = FakeStep(model, batch, names, optimizer=optimizer, loss_fn=loss_fn, accumulation=accumulation)
+    step = FakeStep(
+        model,
+        batch,
+        names,
+        optimizer=optimizer,
+        loss_fn=loss_fn,
+        accumulation=accumulation,
+        reserve_bytes=parse_bytes(str(reserve)) if reserve else 0,
+    )
     candidates = Candidates(step, model)
     limit = _limit(candidates, wanted, margin)
     try:

@@ -58,36 +58,37 @@ class StepMeter:
 
     def run(
         self,
-        batch: Any,
+        micro_batches: Sequence[Any],
         *,
         optimizer: torch.optim.Optimizer | None = None,
         loss_fn: LossFn = model_loss,
-        accumulation: int = 1,
         seams: Mapping[str, BlockSeam] | None = None,
         optimizer_step: Callable[[], None] | None = None,
+        others: Sequence[torch.Tensor] = (),
     ) -> StepProfile:
-        """Forward and backward of `accumulation` micro-batches, then the optimizer step, gradients set to none.
+        """Forward and backward of each micro-batch, then the optimizer step, gradients set to none.
 
         Args:
-            batch: one micro-batch, given to `loss_fn` each time.
+            micro_batches: given to `loss_fn` one by one.
             optimizer: stepped at the end; ``None`` leaves that part out.
             loss_fn: called as ``loss_fn(model, batch)``, returns a scalar.
-            accumulation: number of micro-batches.
             seams: the block seams in force, for facts about their calls.
             optimizer_step: called instead of ``optimizer.step``.
+            others: what else is alive all the time.
         """
         self.flops.clear()
         ledger = Ledger(self.device, observe=self._count)
         watch = StateWatch(self.model, self.block_names)
         track_training_state(ledger, self.model, optimizer)
-        ledger.track((leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)), "batch")
+        ledger.track((leaf for leaf in tree_leaves(micro_batches) if isinstance(leaf, torch.Tensor)), "batch")
+        ledger.track(others, "other")
         ledger.begin_window()
         with ledger, ledger.watch(self.model, self.block_names), watch:
-            for _ in range(accumulation):
+            for batch in micro_batches:
                 with ledger.scope(FORWARD):
                     loss = loss_fn(self.model, batch)
-                    if accumulation > 1:
-                        loss = loss / accumulation
+                    if len(micro_batches) > 1:
+                        loss = loss / len(micro_batches)
                     # as at the end of the autocast context that a training loop has around its forward
                     torch.clear_autocast_cache()
                 loss.backward()

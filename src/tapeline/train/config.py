@@ -15,6 +15,7 @@ from tapeline.units import parse_budget
 DEMO = "demo"
 BYTES = "bytes"
 LAST = "last"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def _setting(default: Any, help_text: str) -> Any:
@@ -66,6 +67,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         parse_budget(self.budget)
+        if self.dtype not in DTYPES:
+            raise UsageError(
+                f"Unknown dtype {self.dtype!r}{did_you_mean(self.dtype, DTYPES)}: use {', '.join(DTYPES)}."
+            )
         parse_mode(self.mode)
         if self.margin:
             parse_budget(self.margin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -130,14 +131,14 @@ class TrainingLoop:
     def _measures(self, step: int) -> bool:
         return self.session.is_measuring_free or self._is_reported(step)
 
-    def _measured(self, step: int, peak: int, batch: dict[str, torch.Tensor]) -> None:
+    def _measured(self, step: int, peak: int, micro_batches: list[dict[str, torch.Tensor]]) -> None:
         if not self._is_reported(step):
             return
-        profile = self.predictor.run(self.session.plan.blocks, batch=batch)
+        profile = self.predictor.run(self.session.plan.blocks, micro_batches=micro_batches)
         predicted = self.predictor.first_step_peak(profile) if step == 1 else profile.peak_bytes
         measurement = Measurement(
             step=step,
-            batch_shape=tuple(batch["input_ids"].shape),
+            batch_shape=max((tuple(batch["input_ids"].shape) for batch in micro_batches), key=math.prod),
             predicted_bytes=predicted,
             measured_bytes=peak,
         )

@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tapeline.errors import UsageError
@@ -58,6 +60,19 @@ def make_output_dir(config: TrainConfig, path: Path) -> None:
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
+
+
+@contextmanager
+def nothing_left_behind(path: Path) -> Iterator[None]:
+    """If the body fails, take away the directories that were made in it and are still empty (the Trainer makes one)."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        raise
 
 
 def find_checkpoint(config: TrainConfig, output_dir: Path) -> Path | None:

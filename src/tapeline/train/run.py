@@ -28,8 +28,11 @@ from tapeline.train.output import (
     find_checkpoint,
     last_checkpoint,
     make_output_dir,
+    nothing_left_behind,
 )
 from tapeline.units import format_bytes
+
+_LOOP_BYTES = 1024  # the running loss, token counts and gradient norm that the Trainer holds
 
 Sequences = list[dict[str, list[int]]]
 
@@ -89,7 +92,12 @@ def train(config: TrainConfig, observer: Observer) -> Result:
     output_dir = check_output_dir(config)
     checkpoint = find_checkpoint(config, output_dir)
     _require_libraries()
-    job = _prepare(config, output_dir, checkpoint, observer)
+    with nothing_left_behind(output_dir):
+        return _plan_and_run(_prepare(config, output_dir, checkpoint, observer))
+
+
+def _plan_and_run(job: _Job) -> Result:
+    config, observer, output_dir = job.config, job.observer, job.output_dir
     trainer = _make_trainer(job)
     trainer.create_optimizer()
     micro_batch = job.collator(largest_batch(job.train_data, config.per_device_train_batch_size))
@@ -101,10 +109,18 @@ def train(config: TrainConfig, observer: Observer) -> Result:
     }
     job.model.train()
     plan = make_plan(
-        job.model, micro_batch, config.budget, mode=config.mode, margin=config.margin or None, **step_options
+        job.model,
+        micro_batch,
+        config.budget,
+        mode=config.mode,
+        margin=config.margin or None,
+        reserve=_LOOP_BYTES,
+        **step_options,
     )
     observer.planned(plan)
-    predictor = FakeStep(job.model, micro_batch, [block.name for block in plan.blocks], **step_options)
+    predictor = FakeStep(
+        job.model, micro_batch, [block.name for block in plan.blocks], reserve_bytes=_LOOP_BYTES, **step_options
+    )
     make_output_dir(config, output_dir)
     with Session(job.model, plan, measure=False) as session:
         result = _run(job, trainer, session, predictor)
