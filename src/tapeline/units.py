@@ -85,6 +85,11 @@ def format_bytes(num_bytes: float) -> str:
     return f"{size / 1024:.2f} TiB"
 
 
+def format_deviation(share: float) -> str:
+    """Write a relative difference for people: ``0.0123`` is ``'+1.23%'``, and nothing has no sign to speak of."""
+    return f"{round(share, 4) + 0.0:+.2%}"
+
+
 def format_flops(num_flops: float) -> str:
     """Write floating-point operations for people: ``2.5e12`` is ``'2.50 TFLOP'``."""
     size = float(num_flops)

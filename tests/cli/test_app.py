@@ -61,7 +61,7 @@ def test_help_does_not_import_torch() -> None:
         (["--budget", "12 parsecs"], "Unknown unit"),
         (["--budget", "-1"], "more than zero"),
         (["--budget", "0"], "more than zero"),
-        (["--max_length", "many"], "many"),
+        (["--max_length", "many"], "valid integer"),
         (["--config", "/nowhere.yaml"], "Cannot read the configuration"),
         (["--data", "/nowhere.jsonl"], "No such data file"),
         (["--output_dir", "/proc/x"], "Cannot write to output_dir"),

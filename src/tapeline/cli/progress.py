@@ -17,7 +17,7 @@ from rich.progress import (
 )
 
 from tapeline.table import text_table
-from tapeline.units import format_bytes
+from tapeline.units import format_bytes, format_deviation
 
 if TYPE_CHECKING:
     from tapeline.planner.schema import Plan
@@ -61,7 +61,7 @@ class ConsoleObserver:
         shape = "x".join(str(size) for size in measurement.batch_shape)
         self._print(
             f"step {measurement.step} ({shape} tokens): predicted peak {format_bytes(measurement.predicted_bytes)}, "
-            f"measured {format_bytes(measurement.measured_bytes)} ({measurement.deviation:+.2%})"
+            f"measured {format_bytes(measurement.measured_bytes)} ({format_deviation(measurement.deviation)})"
         )
 
     def stepped(self, step: int, num_steps: int) -> None:
@@ -109,7 +109,7 @@ def _promise(result: Result) -> str:
         rows.append(
             (f"measured peak, in {len(measured)} of {result.num_steps} steps", format_bytes(largest.measured_bytes))
         )
-        rows.append(("largest deviation from a prediction", f"{worst:+.2%}"))
+        rows.append(("largest deviation from a prediction", format_deviation(worst)))
     if report.measured_reserved_bytes is not None:
         rows.append(("reserved by the allocator", format_bytes(report.measured_reserved_bytes)))
     table = text_table(("promise and measurement", "bytes"), rows)

@@ -62,7 +62,7 @@ class FakeStep:
             self.model.train()
         self.batch = batch
         with self.mode:
-            self.others = [torch.empty(reserve_bytes, dtype=torch.uint8, device=self.device)] if reserve_bytes else []
+            self.others = [torch.empty(-(-reserve_bytes // 4), dtype=torch.float32, device=self.device)]
         self.optimizer = self._copy_optimizer(optimizer, model, memo)
 
     def run(self, blocks: Sequence[BlockPlan], *, micro_batches: Sequence[Any] = ()) -> StepProfile:

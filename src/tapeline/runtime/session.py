@@ -18,7 +18,7 @@ from tapeline.runtime.install import Patches, install_blocks, managed_module
 from tapeline.runtime.measure import PeakMeter, make_meter
 from tapeline.runtime.predict import model_device
 from tapeline.table import text_table
-from tapeline.units import format_bytes
+from tapeline.units import format_bytes, format_deviation
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Report:
         measured = "not measured" if self.measured_peak_bytes is None else format_bytes(self.measured_peak_bytes)
         rows.append(("measured peak", measured))
         if self.deviation is not None:
-            rows.append(("measured against predicted", f"{self.deviation:+.2%}"))
+            rows.append(("measured against predicted", format_deviation(self.deviation)))
         if self.measured_reserved_bytes is not None:
             rows.append(("reserved by the allocator", format_bytes(self.measured_reserved_bytes)))
         rows.append(("block calls recomputed", str(self.recomputed_calls)))

@@ -240,7 +240,7 @@ def _make_trainer(job: _Job) -> Any:
 
 def _run(job: _Job, trainer: Any, session: Session, predictor: FakeStep) -> Result:
     start = 0 if job.checkpoint is None else int(job.checkpoint.name.rsplit("-", 1)[-1])
-    with GracefulStop(job.observer.said) as stop, memory_errors(session.plan), quiet_transformers():
+    with GracefulStop(job.observer.said) as stop, memory_errors(session.plan):
         loop = TrainingLoop(session, predictor, job.observer, stop, first_step=start + 1, output_dir=job.output_dir)
         for callback in loop.callbacks():
             trainer.add_callback(callback)
