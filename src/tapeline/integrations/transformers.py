@@ -69,21 +69,32 @@ def trainer_loss(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
 
 
 @contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Hold back the progress bars of transformers: they would break ours."""
+    from transformers.utils import logging as hf_logging
+
+    had_bar = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if had_bar:
+            hf_logging.enable_progress_bar()
+
+
+@contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Hold back progress bars, one-time advice and deprecation warnings of the libraries while they load a model."""
     from transformers.utils import logging as hf_logging
 
-    level, had_bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    level = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        with no_progress_bars(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         hf_logging.set_verbosity(level)
-        if had_bar:
-            hf_logging.enable_progress_bar()
 
 
 class StepMeasurer:

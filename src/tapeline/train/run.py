@@ -11,7 +11,13 @@ import torch
 from torch import nn
 
 from tapeline.errors import BudgetExceededError, UsageError
-from tapeline.integrations.transformers import load_model, load_tokenizer, quiet_transformers, trainer_loss
+from tapeline.integrations.transformers import (
+    load_model,
+    load_tokenizer,
+    no_progress_bars,
+    quiet_transformers,
+    trainer_loss,
+)
 from tapeline.planner.schema import Plan
 from tapeline.runtime.predict import FakeStep
 from tapeline.runtime.search import plan as make_plan
@@ -240,7 +246,7 @@ def _make_trainer(job: _Job) -> Any:
 
 def _run(job: _Job, trainer: Any, session: Session, predictor: FakeStep) -> Result:
     start = 0 if job.checkpoint is None else int(job.checkpoint.name.rsplit("-", 1)[-1])
-    with GracefulStop(job.observer.said) as stop, memory_errors(session.plan):
+    with GracefulStop(job.observer.said) as stop, memory_errors(session.plan), no_progress_bars():
         loop = TrainingLoop(session, predictor, job.observer, stop, first_step=start + 1, output_dir=job.output_dir)
         for callback in loop.callbacks():
             trainer.add_callback(callback)
