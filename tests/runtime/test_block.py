@@ -129,3 +129,28 @@ def test_a_filled_cache_in_a_recomputed_layer_is_refused(llama: TinyModel) -> No
         pytest.raises(tapeline.UsageError, match="filled cache"),
     ):
         llama.model(input_ids=llama.batch["input_ids"][:, :1], past_key_values=cache)
+
+
+class InPlace(nn.Module):
+    """Changes its input in place: fine for autograd here, impossible to recompute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU(inplace=True)
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.relu(x))
+
+
+@pytest.mark.parametrize("mode", ["none", "recompute"])
+def test_blocks_that_cannot_be_recomputed_are_kept(mode: str) -> None:
+    layers = [nn.Sequential(nn.Linear(8, 8), nn.GELU()), *[InPlace() for _ in range(2)]]
+    tiny = TinyModel(nn.Sequential(*layers), torch.randn(2, 8), lambda m, x: m(x).sum())
+    names = ["0", "1", "2"]
+    expected = tiny.step()
+    plan = tapeline.plan(tiny.model, tiny.batch, mode=mode, blocks=names, loss_fn=tiny.loss_fn)
+    assert [block.saved for block in plan.blocks][1:] == ["device", "device"]
+    assert "in place" in plan.notes[0]
+    with tapeline.apply(tiny.model, plan, measure=False):
+        assert_equal(tiny.step(), expected)

@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from tapeline.errors import UnsupportedModelError
 from tapeline.planner.chain import Chain, Option
 from tapeline.planner.profile import StepProfile, build_chain, held_bytes
 from tapeline.planner.schema import BlockPlan, Placement
 from tapeline.runtime.predict import FakeStep
 
 _SEGMENT_LENGTHS = (2, 3, 4, 6, 8, 12, 16, 24)
+_FAILS = "recomputing it fails, for example because it changes its input in place"
 _NOT_RECORDED = "autograd records nothing here"
 
 Blocks = tuple[BlockPlan, ...]
@@ -32,8 +34,7 @@ class Candidates:
         self.names = _in_order_of_execution(step.block_names, self.kept)
         self._kinds = {name: type(model.get_submodule(name)).__name__ for name in self.names}
         self._fixed = {name: reason for name in self.names if (reason := self.kept.blocks[name].fixed_reason)}
-        probe = [self._place(name, None, "recompute") for name in self.names]
-        self.recomputed = step.run(probe)
+        self.recomputed = self._recompute_what_can_be()
         for name, facts in self.recomputed.blocks.items():
             if facts.num_calls == 0:
                 self._fixed.setdefault(name, _NOT_RECORDED)
@@ -101,6 +102,18 @@ class Candidates:
             if reason != _NOT_RECORDED:
                 shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
                 yield f"always kept: {shown} ({len(names)} in all), {reason}"
+
+    def _recompute_what_can_be(self) -> StepProfile:
+        """Run the step with every block recomputed; if that fails, find the blocks that cannot be, one by one."""
+        try:
+            return self.step.run([self._place(name, None, "recompute") for name in self.names])
+        except UnsupportedModelError:
+            for name in self.names:
+                try:
+                    self.step.run([self._place(n, None, "recompute" if n == name else "device") for n in self.names])
+                except UnsupportedModelError:
+                    self._fixed.setdefault(name, _FAILS)
+        return self.step.run([self._place(name, None, "recompute") for name in self.names])
 
     def _is_chained(self, name: str) -> bool:
         facts = self.recomputed.blocks[name]
