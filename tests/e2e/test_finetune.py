@@ -168,3 +168,41 @@ def test_killed_or_interrupted_and_resumed_ends_with_the_same_weights(tmp_path: 
         subprocess.run(resume, check=True, capture_output=True, timeout=300)
         resumed = load_file(tmp_path / name / "model.safetensors")
         assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+
+
+def test_a_failing_evaluation_loses_nothing(
+    model_dir: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    from tapeline.errors import TapelineError
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(transformers.Trainer, "evaluate", fail)
+    with pytest.raises(TapelineError, match="saved in .* but the evaluation failed: no such kernel"):
+        run(model_dir, chats, tmp_path / "out", max_steps=2)
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_a_model_that_is_no_language_model_is_refused(chats: Path, tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    from tapeline.errors import UnsupportedModelError
+
+    config = ViTConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    with pytest.raises(UnsupportedModelError, match="not a causal language model"):
+        run(tmp_path / "vit", chats, tmp_path / "out", tokenizer="bytes")
+    assert not (tmp_path / "out").exists()
+
+
+def test_running_out_of_memory_says_so() -> None:
+    from tapeline.errors import OutOfMemoryError
+    from tapeline.train.loop import memory_errors
+
+    with pytest.raises(OutOfMemoryError, match="Out of memory during the step"), memory_errors("the step"):
+        torch.empty(2**60, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="other"), memory_errors("the step"):
+        raise RuntimeError("other")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tapeline.errors import UsageError
+from tapeline.errors import UnsupportedModelError, UsageError
 from tapeline.runtime.session import Session
 
 
@@ -25,6 +25,7 @@ def load_model(name: str, *, dtype: str = "auto", load_in_4bit: bool = False) ->
 
     Raises:
         UsageError: if there is no such model, or it cannot be loaded so.
+        UnsupportedModelError: if it is not a causal language model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -35,6 +36,8 @@ def load_model(name: str, *, dtype: str = "auto", load_in_4bit: bool = False) ->
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
+        if "Unrecognized configuration class" in str(error):
+            raise UnsupportedModelError(f"{name!r} is not a causal language model: {_first_line(error)}") from error
         raise UsageError(_not_loaded("model", name, error)) from error
     if not load_in_4bit and (accelerator := torch.accelerator.current_accelerator()) is not None:
         model.to(accelerator)
@@ -176,7 +179,11 @@ def _nf4(dtype: Any) -> Any:
 
 
 def _not_loaded(what: str, name: str, error: Exception) -> str:
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    first_line = _first_line(error)
     if Path(name).is_dir():
         return f"Cannot load a {what} from the directory {name!r}: {first_line}"
     return f"Cannot load the {what} {name!r}: no such local directory, and the hub says: {first_line}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -18,7 +18,6 @@ from tapeline.runtime.predict import FakeStep
 from tapeline.runtime.session import Session
 from tapeline.train.interrupt import GracefulStop
 from tapeline.train.output import PLAN_FILE
-from tapeline.units import format_bytes
 
 _NUM_MEASURED_FIRST = 2  # the first step has no optimizer state yet, the second one has
 _MEASURED_EVERY = 50
@@ -147,19 +146,16 @@ class TrainingLoop:
 
 
 @contextmanager
-def memory_errors(plan: Plan) -> Iterator[None]:
-    """Turn an allocation failure into an error that says what was planned."""
+def memory_errors(what: str) -> Iterator[None]:
+    """Turn an allocation failure into an error that says during what it happened."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if (
-            isinstance(error, RuntimeError)
-            and not isinstance(error, torch.OutOfMemoryError)
-            and "can't allocate memory" not in str(error)
-        ):
+        is_failure = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+        if not is_failure:
             raise
+        first_line = str(error).strip().partition("\n")[0]
         raise OutOfMemoryError(
-            f"Out of memory although the plan needs only {format_bytes(plan.peak_bytes)} on {plan.device}: "
-            f"{str(error).strip().splitlines()[0]} Something else holds memory there, or the plan missed something: "
-            "train with a smaller --budget; the last checkpoint is intact."
+            f"Out of memory during {what}: {first_line} Something else holds memory on the device, or the prediction missed "
+            "something: use a smaller --budget or batch. The last checkpoint is intact."
         ) from error

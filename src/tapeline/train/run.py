@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tapeline.errors import BudgetExceededError, UsageError
+from tapeline.errors import BudgetExceededError, TapelineError, UsageError
 from tapeline.integrations.transformers import (
     load_model,
     load_tokenizer,
@@ -132,6 +132,8 @@ def _plan_and_run(job: _Job) -> Result:
         result = _run(job, trainer, session, predictor)
     if result.status == "done":
         _save(job, trainer, result)
+        if job.eval_data:
+            result.eval_loss = _evaluate(job, trainer)
     if result.report.is_within_budget is False:
         raise BudgetExceededError(
             f"The measured peak {format_bytes(result.report.measured_peak_bytes or 0)} is above the budget "
@@ -246,7 +248,11 @@ def _make_trainer(job: _Job) -> Any:
 
 def _run(job: _Job, trainer: Any, session: Session, predictor: FakeStep) -> Result:
     start = 0 if job.checkpoint is None else int(job.checkpoint.name.rsplit("-", 1)[-1])
-    with GracefulStop(job.observer.said) as stop, memory_errors(session.plan), no_progress_bars():
+    with (
+        GracefulStop(job.observer.said) as stop,
+        memory_errors(f"the plan, which needs only {format_bytes(session.plan.peak_bytes)},"),
+        no_progress_bars(),
+    ):
         loop = TrainingLoop(session, predictor, job.observer, stop, first_step=start + 1, output_dir=job.output_dir)
         for callback in loop.callbacks():
             trainer.add_callback(callback)
@@ -255,8 +261,6 @@ def _run(job: _Job, trainer: Any, session: Session, predictor: FakeStep) -> Resu
         finally:
             loop.close()
         was_interrupted = stop.is_requested and trainer.state.global_step < trainer.state.max_steps
-        evaluates = job.eval_data and not was_interrupted
-        eval_loss = float(trainer.evaluate()["eval_loss"]) if evaluates else None
     newest = last_checkpoint(job.output_dir) if was_interrupted else None
     return Result(
         status="interrupted" if was_interrupted else "done",
@@ -265,7 +269,6 @@ def _run(job: _Job, trainer: Any, session: Session, predictor: FakeStep) -> Resu
         measurements=loop.measurements,
         num_steps=trainer.state.global_step,
         losses=loop.losses,
-        eval_loss=eval_loss,
         output_dir=job.config.output_dir,
         checkpoint=str(newest) if newest else None,
     )
@@ -277,6 +280,16 @@ def _save(job: _Job, trainer: Any, result: Result) -> None:
         trainer.save_model(str(job.output_dir))
     (job.output_dir / PLAN_FILE).write_text(result.plan.to_json(), encoding="utf-8")
     (job.output_dir / REPORT_FILE).write_text(result.report.to_json(), encoding="utf-8")
+
+
+def _evaluate(job: _Job, trainer: Any) -> float:
+    try:
+        with no_progress_bars(), memory_errors("the evaluation"):
+            return float(trainer.evaluate()["eval_loss"])
+    except RuntimeError as error:
+        raise TapelineError(
+            f"Training is done and the result is saved in {job.config.output_dir}, but the evaluation failed: {error}"
+        ) from error
 
 
 def _check_vocabulary(model: nn.Module, sequences: Sequences) -> None:
