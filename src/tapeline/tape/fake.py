@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import random
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import numpy as np
@@ -36,13 +37,14 @@ _UNKNOWN = object()
 _INTEGERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
-_CONSTANT_FILLS: dict[Any, int | str] = {  # the place of the fill value among the arguments, or the value itself
-    aten.ones_like: "1",
-    aten.zeros_like: "0",
-    aten.full_like: 1,
-    aten.new_ones: "1",
-    aten.new_zeros: "0",
-    aten.new_full: 2,
+# factories in the shape of an argument: the value they fill with, from the arguments
+_FILLS: dict[Any, Callable[[Sequence[Any]], Any]] = {
+    aten.ones_like: lambda _: 1,
+    aten.new_ones: lambda _: 1,
+    aten.zeros_like: lambda _: 0,
+    aten.new_zeros: lambda _: 0,
+    aten.full_like: itemgetter(1),
+    aten.new_full: itemgetter(2),
 }
 
 
@@ -125,22 +127,12 @@ class ShapeMode(TorchDispatchMode):
 
     def _with_fake_arguments(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
-            return self._grouped_mm(func, args, kwargs)
+            return _empty_grouped_product(*args, **kwargs)
         out = self._fake(func, args, kwargs)
-        fill = _CONSTANT_FILLS.get(func._overloadpacket)
+        fill = _FILLS.get(func._overloadpacket)
         if fill is not None and _is_small_integer(out):  # a mask of ones in the shape of an activation
-            return torch.full(
-                out.shape, args[fill] if isinstance(fill, int) else int(fill), dtype=out.dtype, device=out.device
-            )
+            return torch.full(out.shape, fill(args), dtype=out.dtype, device=out.device)
         return out
-
-    def _grouped_mm(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor:
-        """Grouped matrix product in a dtype that its kernel takes and its shape function does not (torch 2.11 to 2.13)."""
-        first, second, *rest = args
-        casted = self._fake(func, (first.to(torch.bfloat16), second.to(torch.bfloat16), *rest), kwargs)
-        with self.fake_mode:
-            empty: torch.Tensor = first.new_empty(casted.shape)
-        return empty
 
     def _fake(self, func: Any, args: Any, kwargs: Any, may_depend_on_data: bool = False) -> Any:
         try:
@@ -156,6 +148,20 @@ class ShapeMode(TorchDispatchMode):
                 "without running it. For mixture-of-experts models choose grouped experts "
                 "(config: experts_implementation='grouped_mm'), whose shapes do not depend on the routing."
             ) from error
+
+
+def _empty_grouped_product(
+    first: torch.Tensor, second: torch.Tensor, offs: torch.Tensor | None = None, *_: Any, **__: Any
+) -> torch.Tensor:
+    """The result of a grouped matrix product in a dtype that its kernel takes and its shape function does not.
+
+    For torch 2.11 to 2.13; groups are a dimension of an operand, or ranges of a shared one that `offs` ends.
+    """
+    rows, columns = first.shape[-2], second.shape[-1]
+    if first.dim() == second.dim():
+        groups = first.shape[0] if offs is None else offs.shape[0]
+        return first.new_empty((groups, rows, columns))
+    return first.new_empty((rows, columns))
 
 
 @contextmanager
