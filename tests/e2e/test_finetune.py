@@ -209,3 +209,17 @@ def test_running_out_of_memory_says_so() -> None:
         torch.empty(2**60, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="other"), memory_errors("the step"):
         raise RuntimeError("other")
+
+
+def test_a_full_disk_says_where_and_how_to_go_on(tmp_path: Path) -> None:
+    from tapeline.errors import UsageError
+    from tapeline.train.loop import disk_errors
+
+    for error in (OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file")):
+        with (
+            pytest.raises(UsageError, match="Cannot write to .* free.*--resume_from_checkpoint last"),
+            disk_errors(tmp_path),
+        ):
+            raise error
+    with pytest.raises(RuntimeError, match="other"), disk_errors(tmp_path):
+        raise RuntimeError("other")

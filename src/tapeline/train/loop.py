@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,16 +12,18 @@ from typing import Any, Protocol
 
 import torch
 
-from tapeline.errors import OutOfMemoryError
+from tapeline.errors import OutOfMemoryError, UsageError
 from tapeline.integrations.transformers import StepMeasurer
 from tapeline.planner.schema import Plan
 from tapeline.runtime.predict import FakeStep
 from tapeline.runtime.session import Session
 from tapeline.train.interrupt import GracefulStop
 from tapeline.train.output import PLAN_FILE
+from tapeline.units import format_bytes
 
 _NUM_MEASURED_FIRST = 2  # the first step has no optimizer state yet, the second one has
 _MEASURED_EVERY = 50
+_WRITE_FAILURES = ("No space left on device", "PytorchStreamWriter failed")
 
 
 class Observer(Protocol):
@@ -158,4 +161,19 @@ def memory_errors(what: str) -> Iterator[None]:
         raise OutOfMemoryError(
             f"Out of memory during {what}: {first_line} Something else holds memory on the device, or the prediction missed "
             "something: use a smaller --budget or batch. The last checkpoint is intact."
+        ) from error
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a failure to write into an error that says where; safetensors and torch have exceptions of their own for it."""
+    try:
+        yield
+    except Exception as error:
+        is_failure = isinstance(error, OSError) or any(sign in str(error) for sign in _WRITE_FAILURES)
+        if not is_failure:
+            raise
+        raise UsageError(
+            f"Cannot write to {str(folder)!r}: {error} ({format_bytes(shutil.disk_usage(folder).free)} free). Make room and "
+            "continue with --resume_from_checkpoint last; complete checkpoints are intact."
         ) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from tapeline.train.config import BYTES, DEMO, TrainConfig
 from tapeline.train.data import Collator, Record, encode, largest_batch, load_records
 from tapeline.train.demo import byte_tokenizer, demo_model, demo_records
 from tapeline.train.interrupt import GracefulStop
-from tapeline.train.loop import Measurement, Observer, TrainingLoop, memory_errors
+from tapeline.train.loop import Measurement, Observer, TrainingLoop, disk_errors, memory_errors
 from tapeline.train.output import (
     PLAN_FILE,
     REPORT_FILE,
@@ -65,10 +65,6 @@ class Result:
     """Where the result is."""
     checkpoint: str | None = None
     """The checkpoint to resume from, if interrupted."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data, for JSON."""
-        return asdict(self)
 
 
 @dataclass(kw_only=True)
@@ -128,12 +124,13 @@ def _plan_and_run(job: _Job) -> Result:
         job.model, micro_batch, [block.name for block in plan.blocks], reserve_bytes=_LOOP_BYTES, **step_options
     )
     make_output_dir(config, output_dir)
-    with Session(job.model, plan, measure=False) as session:
-        result = _run(job, trainer, session, predictor)
-    if result.status == "done":
-        _save(job, trainer, result)
-        if job.eval_data:
-            result.eval_loss = _evaluate(job, trainer)
+    with disk_errors(output_dir):
+        with Session(job.model, plan, measure=False) as session:
+            result = _run(job, trainer, session, predictor)
+        if result.status == "done":
+            _save(job, trainer, result)
+    if result.status == "done" and job.eval_data:
+        result.eval_loss = _evaluate(job, trainer)
     if result.report.is_within_budget is False:
         raise BudgetExceededError(
             f"The measured peak {format_bytes(result.report.measured_peak_bytes or 0)} is above the budget "
@@ -202,7 +199,7 @@ def _make_model(config: TrainConfig, vocab_size: int) -> nn.Module:
 
 
 def _make_trainer(job: _Job) -> Any:
-    from transformers import Trainer, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainingArguments
 
     config = job.config
     try:
@@ -230,8 +227,6 @@ def _make_trainer(job: _Job) -> Any:
                 remove_unused_columns=False,
                 dataloader_pin_memory=torch.accelerator.is_available(),
             )
-            from transformers import PrinterCallback
-
             trainer = Trainer(
                 model=job.model,
                 args=arguments,
