@@ -43,6 +43,12 @@ class BudgetExceededError(TapelineError):
     exit_code = 4
 
 
+class PlanDriftError(TapelineError, RuntimeError):
+    """A block did something else than what was recorded, and a tensor that was dropped cannot be made again."""
+
+    exit_code = 4
+
+
 class OutOfMemoryError(TapelineError):
     """The device ran out of memory although the plan fits."""
 

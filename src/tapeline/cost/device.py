@@ -1,7 +1,8 @@
-"""How much memory this process may really use on a device."""
+"""What a device offers: how much memory this process may really use, and the rates that plans are made with."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -11,6 +12,35 @@ _CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """Rates that a device reaches on large operands; they weigh operations against each other."""
+
+    matmul_flops: float
+    """Floating-point operations per second of a matrix product."""
+    attention_flops: float
+    """The same for a fused attention kernel."""
+    memory_bytes: float
+    """Bytes per second that elementwise ops read and write."""
+    op_seconds: float
+    """Seconds that launching or replaying one op takes at least."""
+    pack_seconds: float
+    """Seconds that the hooks spend on one saved tensor, packed and unpacked."""
+
+
+# assumed: about 60 % of the data sheet of a current accelerator, and two cores of a server CPU; replayed ops and hooks
+# as bench/smoke.py measures them
+_NOMINAL = {
+    "cpu": Rates(matmul_flops=1e11, attention_flops=5e10, memory_bytes=1e10, op_seconds=5e-6, pack_seconds=3e-6),
+    "cuda": Rates(matmul_flops=4e14, attention_flops=3e14, memory_bytes=2e12, op_seconds=5e-6, pack_seconds=3e-6),
+}
+
+
+def nominal_rates(device: torch.device) -> Rates:
+    """Rates to plan with where nothing has been measured."""
+    return _NOMINAL["cpu" if device.type == "cpu" else "cuda"]
 
 
 def available_bytes(device: torch.device) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tapeline.planner.chain import Chain, Option
@@ -36,8 +37,8 @@ class BlockFacts:
     """Calls in which autograd recorded something."""
     num_chained: int
     """Calls whose input was the output of the block called before."""
-    fixed_reason: str = ""
-    """Why it must not be recomputed; empty if it may."""
+    reason: str = ""
+    """Why it was not replayed from its tape; empty if it was."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,28 +67,60 @@ def held_bytes(profile: StepProfile, baseline: StepProfile) -> Counter[str]:
     return held
 
 
-def build_chain(kept: StepProfile, recomputed: StepProfile, names: list[str]) -> Chain:
-    """Compose the choice problem from two runs: everything kept, and everything recomputed that can be.
+def build_chain(
+    kept: StepProfile,
+    recomputed: StepProfile,
+    names: list[str],
+    samples: Sequence[tuple[StepProfile, dict[str, str]]] = (),
+    groups: dict[str, str] | None = None,
+) -> Chain:
+    """Compose the choice problem from runs: everything kept, everything recomputed that can be, and mixtures.
 
-    What a kept block holds is added to every point between its forward and its backward; inside its own
-    points the peaks come from the run in which it took that option.
+    What a block holds under an option is added to every point between its forward and its backward; inside its own
+    points the peaks come from a run in which it, or a block of its group, took that option.
+
+    Args:
+        kept: the step with everything kept.
+        recomputed: the step with everything recomputed that can be.
+        names: the blocks.
+        samples: steps with a mixture of options, and which option each block took.
+        groups: blocks of one group behave alike.
     """
     keyed = _keyed(recomputed)
-    other = _keyed(kept)
     order = {key: index for index, key in enumerate(keyed)}
     spans = _lifetimes(list(keyed))
     base = [point.start_bytes if point.block in names else point.peak_bytes for point in keyed.values()]
+    measured = _measured(samples, groups or {})
     options = []
     for index, name in enumerate(names):
-        own = [key for key in keyed if key[1] == name]
-        local = {order[key]: keyed[key].peak_bytes - keyed[key].start_bytes for key in own}
-        facts = recomputed.blocks[name]
-        if facts.num_calls and not facts.fixed_reason:
-            options.append(Option(block=index, kind="recompute", flops=facts.recompute_flops, added_bytes=local))
-        options.append(
-            Option(block=index, kind="keep", flops=0, added_bytes=_kept_bytes(name, keyed, other, order, spans))
-        )
+        if recomputed.blocks[name].num_calls:
+            flops = recomputed.blocks[name].recompute_flops
+            local = {order[key]: keyed[key].peak_bytes - keyed[key].start_bytes for key in keyed if key[1] == name}
+            options.append(Option(block=index, kind="recompute", flops=flops, added_bytes=local))
+            for kind, (other, profile) in measured.get((groups or {}).get(name, ""), {}).items():
+                added = _kept_bytes(name, keyed, _renamed(profile, other, name), order, spans)
+                flops = profile.blocks[other].recompute_flops
+                options.append(Option(block=index, kind=kind, flops=flops, added_bytes=added))
+        added = _kept_bytes(name, keyed, _keyed(kept), order, spans)
+        options.append(Option(block=index, kind="keep", flops=0, added_bytes=added))
     return Chain(base_bytes=tuple(base), num_blocks=len(names), options=tuple(options))
+
+
+def _measured(
+    samples: Sequence[tuple[StepProfile, dict[str, str]]], groups: dict[str, str]
+) -> dict[str, dict[str, tuple[str, StepProfile]]]:
+    """For each group and option, a block that took it and the run in which it did."""
+    found: dict[str, dict[str, tuple[str, StepProfile]]] = {}
+    for profile, kinds in samples:
+        for name, kind in kinds.items():
+            if name in groups:
+                found.setdefault(groups[name], {}).setdefault(kind, (name, profile))
+    return found
+
+
+def _renamed(profile: StepProfile, other: str, name: str) -> dict[Key, Point]:
+    """The points of block `other`, as if they were those of `name`."""
+    return {(phase, name, count): p for (phase, block, count), p in _keyed(profile).items() if block == other}
 
 
 def _kept_bytes(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+import math
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal
 
 from tapeline.errors import UsageError, did_you_mean
+from tapeline.planner.policy import Policy, Saved
 from tapeline.table import text_table
 from tapeline.units import format_bytes, format_flops
 
-SCHEMA_VERSION = 1
-MODES = ("auto", "none", "recompute", "segments")
+SCHEMA_VERSION = 2
+MODES = ("auto", "none", "cheap", "recompute", "segments", "least")
 Placement = Literal["device", "recompute"]
 
 
@@ -23,8 +25,8 @@ class BlockPlan:
     """Name of the module in the model."""
     kind: str
     """Name of its class."""
-    saved: Placement
-    """What autograd saves inside the block."""
+    policy: Policy
+    """How much is dropped of what autograd saves inside the block."""
     input: Placement
     """The block's input; ``recompute`` means: run the block before it again."""
     held_bytes: int
@@ -32,7 +34,12 @@ class BlockPlan:
     recompute_flops: int
     """Floating-point operations of recomputing what it saves, once per step."""
     reason: str = ""
-    """Why the placement was not open to choice; empty if it was."""
+    """Why the block is not replayed from its tape; empty if it is."""
+
+    @property
+    def saved(self) -> Saved:
+        """What happens to what autograd saves, in a word."""
+        return self.policy.saved
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +84,10 @@ class Plan:
     """One entry per block, in the order of the model."""
     alternatives: tuple[Alternative, ...]
     """What the usual settings would give."""
+    keep: tuple[str, ...] = ()
+    """Submodules and operations whose results are kept whatever it costs."""
+    drop: tuple[str, ...] = ()
+    """Submodules and operations whose results are dropped whatever it costs."""
     notes: tuple[str, ...] = ()
     """What the user should know: settings that took no effect, blocks that could not be managed."""
     schema_version: int = SCHEMA_VERSION
@@ -94,7 +105,10 @@ class Plan:
 
     def to_json(self) -> str:
         """Write the plan as JSON text."""
-        return json.dumps(asdict(self), indent=2)
+        data = asdict(self)
+        for block in data["blocks"]:  # JSON knows no infinity
+            block["policy"] = {k: "inf" if v == math.inf else v for k, v in block["policy"].items()}
+        return json.dumps(data, indent=2, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -115,9 +129,10 @@ class Plan:
                 "make the plan again."
             )
         data = _known(cls, data)
-        data["blocks"] = tuple(BlockPlan(**_known(BlockPlan, block)) for block in data["blocks"])
+        data["blocks"] = tuple(_block(block) for block in data["blocks"])
         data["alternatives"] = tuple(Alternative(**_known(Alternative, row)) for row in data["alternatives"])
-        data["notes"] = tuple(data.get("notes", ()))
+        for name in ("keep", "drop", "notes"):
+            data[name] = tuple(data.get(name, ()))
         return cls(**data)
 
     def __str__(self) -> str:
@@ -125,13 +140,13 @@ class Plan:
         return "\n\n".join(parts)
 
     def _headline(self) -> str:
-        num_recomputed = sum(block.saved == "recompute" for block in self.blocks)
+        num_managed = sum(block.saved != "device" for block in self.blocks)
         num_dropped = sum(block.input == "recompute" for block in self.blocks)
         budget = "no budget" if self.budget_bytes is None else f"budget {format_bytes(self.budget_bytes)}"
         dropped = f", {num_dropped} inputs rebuilt" if num_dropped else ""
         return (
             f"Plan {self.mode!r} on {self.device}: peak {format_bytes(self.peak_bytes)} ({budget}), "
-            f"{self.slowdown:.3f}x FLOPs; {num_recomputed} of {len(self.blocks)} blocks recomputed{dropped}"
+            f"{self.slowdown:.3f}x FLOPs; {num_managed} of {len(self.blocks)} blocks replayed{dropped}"
         )
 
 
@@ -157,12 +172,19 @@ def parse_mode(mode: str | bool) -> tuple[str, int | None]:
     return name, int(length)
 
 
+def _block(data: dict[str, Any]) -> BlockPlan:
+    known = _known(BlockPlan, data)
+    policy = _known(Policy, known["policy"])
+    known["policy"] = Policy(**{name: math.inf if value == "inf" else value for name, value in policy.items()})
+    return BlockPlan(**known)
+
+
 def _known(cls: type, data: dict[str, Any]) -> dict[str, Any]:
     names = {field.name for field in fields(cls)}
     for name in data:
         if name not in names:
             raise UsageError(f"Not a plan: unknown field {name!r}{did_you_mean(name, names)}.")
-    required = {f.name for f in fields(cls) if f.name not in ("reason", "notes", "schema_version")}
+    required = {f.name for f in fields(cls) if f.default is MISSING}
     if missing := sorted(required - set(data)):
         raise UsageError(f"Not a plan: missing {', '.join(missing)}.")
     return dict(data)

@@ -3,105 +3,291 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
-from tapeline.ledger import RECOMPUTE, active_ledgers
-from tapeline.runtime.checkpoint import run_checkpointed
-from tapeline.runtime.guard import BlockGuard, Noted
-from tapeline.runtime.inputs import BlockCall, Chain, Invocation, KeptInput, RecomputedInput
+from tapeline.compat import foreign_hooks, has_transforms
+from tapeline.planner.policy import Policy
+from tapeline.runtime.ambient import Ambient
+from tapeline.runtime.frame import Frame, Hooks, Late, keep, unpack
+from tapeline.runtime.guard import BlockGuard
+from tapeline.runtime.inputs import Chain, OutputRecipe, RebuiltInput
+from tapeline.runtime.invocation import Invocation
+from tapeline.runtime.library import CallClass, Library
+from tapeline.runtime.rerun import Rerun
+from tapeline.runtime.signature import arguments_key, surroundings
+from tapeline.runtime.verifier import verify
+from tapeline.tape.graph import ARGUMENT, Source, Tape, first_difference
+from tapeline.tape.program import Recipe
+from tapeline.tape.record import Recorder
+from tapeline.tape.sources import Getter, getter
+
+_MAX_DRIFTS = 3
+_MAX_CLASSES = 64
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A class of calls with the recipe of this block's policy."""
+
+    known: CallClass
+    recipe: Recipe | None
+    getters: list[Getter | int]
+    """How to find each source: a function, or the place among the tensors of the arguments."""
 
 
 class BlockSeam:
-    """Runs a block so that what it saves for backward is recomputed, and its input too where the plan says so.
+    """Runs a block under one pair of saved-tensor hooks, so that what the plan drops is replayed in backward.
 
     Args:
         name: the block's name in the model.
         module: the block.
+        policy: how to choose what is dropped.
+        library: recipes, shared by the blocks of a session.
         chain: shared by the blocks of a session.
         drops_input: rebuild the input in backward instead of keeping it, where it is the output of the block before.
         feeds_next: the next block drops its input, so that this call must be repeatable.
     """
 
     def __init__(
-        self, name: str, module: nn.Module, chain: Chain, *, drops_input: bool = False, feeds_next: bool = False
+        self,
+        name: str,
+        module: nn.Module,
+        policy: Policy,
+        library: Library,
+        chain: Chain,
+        *,
+        drops_input: bool = False,
+        feeds_next: bool = False,
     ) -> None:
-        self.name, self.chain = name, chain
+        self.name, self.module, self.policy, self.library, self.chain = name, module, policy, library, chain
         self.drops_input, self.feeds_next = drops_input, feeds_next
         self.guard = BlockGuard(name, module)
+        self.records = library.records(name, module)
+        self.fingerprint = self.records.fingerprint
         self.is_in_force = True
         """False in a copied or unpickled model, which belongs to no session: the block runs as it is."""
         self.num_calls = 0
-        """Recorded calls so far."""
+        """Calls so far in which autograd recorded something."""
         self.num_chained = 0
-        """Recorded calls whose input was the output of the block called before."""
+        """Such calls whose input was the output of the block called before."""
+        self.num_reruns = 0
+        """Such calls that fell back to running the whole block again."""
+        self.num_recorded = 0
+        """Such calls that were recorded."""
+        self.num_drifts = 0
+        self.reasons: dict[str, None] = {}
+        """Why calls were not replayed from a tape, each reason once."""
+        self.is_due_for_audit = False
+        """Verify the next call again."""
+        self._prepared: dict[Any, Prepared] = {}
 
     def __call__(self, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run ``forward(*args, **kwargs)``; nothing is spent where autograd records nothing."""
+        if not (self.is_in_force and torch.is_grad_enabled()) or torch.compiler.is_compiling() or has_transforms():
+            return forward(*args, **kwargs)
+        key, tensors = arguments_key(args, kwargs)
+        token = self.fingerprint.token()
+        if not (self.fingerprint.has_trainable or any(tensor.requires_grad for tensor in tensors)):
+            return forward(*args, **kwargs)
+        foreign, can_compose = foreign_hooks()
+        if not can_compose:
+            self.reasons.setdefault("somebody else checkpoints or forbids saved-tensor hooks around it")
+            return forward(*args, **kwargs)
+        self.num_calls += 1
+        key = (token, surroundings(), key)
         invocation = Invocation(forward, args, kwargs)
-        if not self.is_in_force or not self._is_recorded(invocation):
-            return invocation.run()
-        source = self._source(invocation.input)
-        body = _Body(self.guard, invocation, source)
-        call = BlockCall(invocation, source, body.check) if self.feeds_next and source is not None else None
-        if isinstance(source, RecomputedInput):
-            # an empty tensor in its place tells torch which device's random state to keep
-            invocation = invocation.with_input(source.placeholder)
-        del args, kwargs
-        out = run_checkpointed(body, invocation.args, invocation.kwargs)
-        self.chain.note(out, call)
-        return out
+        source = self._rebuilt(tensors)
+        prepared = self._prepared.get(key) or self._prepare(key)
+        if prepared is None or (self.is_due_for_audit and prepared.recipe is not None):
+            self.is_due_for_audit = False
+            return self._record(key, invocation, tensors, foreign, prepared)
+        if prepared.recipe is None:
+            return self._fall_back(prepared.known, invocation, tensors, foreign)
+        return self._run(key, prepared, invocation, tensors, foreign, source)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"is_in_force": False}
+        return {"name": self.name, "module": self.module, "is_in_force": False}
 
-    def from_partial(self, function: partial[Any], /, *args: Any) -> Any:
-        """The per-layer function of transformers: `function` is ``partial(forward, layer, **kwargs)``."""
-        return self(partial(function.func, *function.args), *args, **function.keywords)
+    # -- ways to run a call ----------------------------------------------------------------------------------------
 
-    def _is_recorded(self, invocation: Invocation) -> bool:
-        if not torch.is_grad_enabled():
-            return False
-        return self.guard.has_trainable() or any(t.requires_grad for t in invocation.tensors())
+    def _run(
+        self,
+        key: Any,
+        prepared: Prepared,
+        invocation: Invocation,
+        tensors: list[torch.Tensor],
+        foreign: Hooks | None,
+        rebuilt: RebuiltInput | None,
+    ) -> Any:
+        """As recorded: keep and drop what the recipe says."""
+        assert prepared.recipe is not None, "checked by the caller"
+        ambient = Ambient(tensors)
+        sources = _found(prepared.getters, tensors, rebuilt)
+        frame = Frame(self.name, prepared.recipe, sources, ambient, foreign, rebuilt)
+        with saved_tensors_hooks(frame.pack, unpack):
+            out = invocation.run()
+        if frame.finish():
+            self._note_output(out, frame, ambient, tensors, rebuilt)
+        else:
+            self._drifted(key, frame, invocation, ambient)
+        return out
 
-    def _source(self, value: torch.Tensor | None) -> KeptInput | RecomputedInput | None:
-        match = self.chain.match(value)
-        self.num_calls += 1
-        self.num_chained += match is not None
-        if value is None:
+    def _record(
+        self,
+        key: Any,
+        invocation: Invocation,
+        tensors: list[torch.Tensor],
+        foreign: Hooks | None,
+        audited: Prepared | None,
+    ) -> Any:
+        """Record the call while it runs; then treat it as any later one. An audit compares with what was known."""
+        self.num_recorded += 1
+        ambient = Ambient(tensors)
+        recorder = Recorder(self.module, (invocation.args, invocation.kwargs))
+        late: list[Late] = []
+
+        def pack(tensor: torch.Tensor) -> Late:
+            recorder.pack(tensor)
+            late.append(Late(tensor))
+            return late[-1]
+
+        with saved_tensors_hooks(pack, unpack), recorder:
+            out = invocation.run()
+        if any(place.is_unpacked for place in late):
+            recorder.refuse("it runs backward inside its forward")
+        tape = recorder.finish(out)
+        saved = [place.packed[0] for place in late]
+        places, late = late, []  # autograd keeps the pack hook, and so what it refers to
+        known = self._classify(key, tape)
+        if known.tape is None:
+            self._note_reason(known.reason)
+            rerun = self._rerun(known, invocation, ambient)
+            for number, (place, tensor) in enumerate(zip(places, saved, strict=True)):
+                place.packed = (rerun and rerun.drop(number, tensor)) or keep(tensor, foreign)
+            self.chain.note(None, None)
+            return out
+        if audited is not None and audited.known.tape is not None and audited.known.tape.digest != tape.digest:
+            self._note_reason(f"an audit found another tape: {first_difference(audited.known.tape, tape)}")
+        recipe = verify(self, tape, saved, tensors, ambient, always=audited is not None)
+        prepared = self._prepared[key] = Prepared(known, recipe, self.getters(recipe.sources))
+        frame = Frame(self.name, recipe, _found(prepared.getters, tensors, None), ambient, foreign)
+        for place, tensor in zip(places, saved, strict=True):
+            place.packed = frame.place(tensor)
+        is_complete = frame.complete()
+        assert is_complete, "nothing has run since the call was recorded"
+        self._note_output(out, frame, ambient, tensors, None)
+        return out
+
+    def _classify(self, key: Any, tape: Tape) -> CallClass:
+        """Keep what a recording has found out about a class of calls."""
+        classes = self.records.classes
+        changes = tape.changes_state or self.fingerprint.token() != key[0]
+        known = CallClass(tape)
+        if tape.obstacle or len(classes) >= _MAX_CLASSES:
+            reason = tape.obstacle or f"it was called in {_MAX_CLASSES} different ways"
+            known = CallClass(None, reason, can_rerun=not changes)
+            self.library.obstacles[type(self.module), key[1:]] = known
+            self._prepared[key] = Prepared(known, None, [])
+        classes[key] = known
+        return known
+
+    def _prepare(self, key: Any) -> Prepared | None:
+        """The recipe for a class that was recorded under another policy, or by another block of its like."""
+        known = self.records.classes.get(key) or self.library.obstacles.get((type(self.module), key[1:]))
+        if known is None:
             return None
-        if self.drops_input and match is not None and match[0] is not None:
-            return RecomputedInput(match[0], match[1], value)
-        return KeptInput(value)
+        recipe = self.library.recipe(known.tape, self.policy) if known.tape is not None else None
+        getters = self.getters(recipe.sources) if recipe is not None else []
+        prepared = self._prepared[key] = Prepared(known, recipe, getters)
+        return prepared
 
+    def _fall_back(
+        self, known: CallClass, invocation: Invocation, tensors: list[torch.Tensor], foreign: Hooks | None
+    ) -> Any:
+        """Without a tape: drop everything and run the whole block again, or keep everything."""
+        self._note_reason(known.reason)
+        rerun = self._rerun(known, invocation, Ambient(tensors))
+        self.chain.note(None, None)
+        if rerun is None:
+            return invocation.run()
+        number = -1
 
-class _Body:
-    """What torch's checkpoint runs: the first call is the forward, every later one a recompute."""
+        def pack(tensor: torch.Tensor) -> Any:
+            nonlocal number
+            number += 1
+            return rerun.drop(number, tensor) or keep(tensor, foreign)
 
-    def __init__(self, guard: BlockGuard, invocation: Invocation, source: KeptInput | RecomputedInput | None) -> None:
-        self.guard, self.forward, self.place = guard, invocation.forward, invocation.place
-        self.dropped = source if isinstance(source, RecomputedInput) else None
-        self.input = invocation.input if self.dropped else None
-        self.noted: Noted | None = None
-
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        invocation = Invocation(self.forward, args, kwargs, self.place)
-        if self.noted is None:
-            self.noted = self.guard.note()
-            value, self.input = self.input, None
-            return (invocation if value is None else invocation.with_input(value)).run()
-        self.check()
-        with ExitStack() as stack:
-            for ledger in active_ledgers():
-                stack.enter_context(ledger.scope(RECOMPUTE, self.guard.name))
-            if self.dropped is not None:
-                invocation = invocation.with_input(self.dropped.take())
+        with saved_tensors_hooks(pack, unpack):
             return invocation.run()
 
-    def check(self) -> None:
-        assert self.noted is not None, "a block is recomputed after its forward"
-        self.guard.check(self.noted)
+    def _rerun(self, known: CallClass, invocation: Invocation, ambient: Ambient) -> Rerun | None:
+        """The whole-block fall-back, where the policy would recompute everything and the block allows it."""
+        if not known.can_rerun or not self.policy.drops_all:
+            return None
+        self.num_reruns += 1
+        return Rerun(self.guard, invocation, ambient)
+
+    def _drifted(self, key: Any, frame: Frame, invocation: Invocation, ambient: Ambient) -> None:
+        """The call did something else than what was recorded: recover exactly, and record the next one anew."""
+        self.num_drifts += 1
+        self._note_reason(f"a call differed from the tape: {frame.drift}")
+        self.num_reruns += bool(frame.dropped)
+        frame.recover(Rerun(self.guard, invocation, ambient), frame.cursor)
+        self.chain.note(None, None)
+        self._prepared.pop(key, None)
+        self.records.classes.pop(key, None)
+        if self.num_drifts >= _MAX_DRIFTS:
+            known = self.records.classes[key] = CallClass(None, "its calls differ though nothing it is given does")
+            self._prepared[key] = Prepared(known, None, [])
+
+    # -- what a call is given --------------------------------------------------------------------------------------
+
+    def getters(self, sources: tuple[Source, ...] | list[Source]) -> list[Getter | int]:
+        """How to find each source in a call of this block."""
+        return [source.place if source.kind == ARGUMENT else getter(self.module, source) for source in sources]
+
+    def _rebuilt(self, tensors: list[torch.Tensor]) -> RebuiltInput | None:
+        match = self.chain.match(tensors[0] if tensors else None)
+        self.num_chained += match is not None
+        if self.drops_input and match is not None and match[0] is not None:
+            return RebuiltInput(match[0], match[1])
+        return None
+
+    def _note_output(
+        self,
+        out: Any,
+        frame: Frame,
+        ambient: Ambient,
+        tensors: list[torch.Tensor],
+        rebuilt: RebuiltInput | None,
+    ) -> None:
+        recipe = None
+        program = self.library.output_program(frame.recipe) if self.feeds_next else None
+        if program is not None:
+            found = self.getters(self.library.all_sources(frame.recipe.tape))
+            sources = _found(found, tensors, rebuilt)
+            recipe = OutputRecipe(self.name, program, sources, ambient)
+        self.chain.note(out, recipe)
+
+    def _note_reason(self, reason: str) -> None:
+        if reason:
+            self.reasons.setdefault(reason)
+
+
+def _found(
+    getters: list[Getter | int], tensors: list[torch.Tensor], rebuilt: RebuiltInput | None
+) -> list[torch.Tensor | RebuiltInput]:
+    found: list[torch.Tensor | RebuiltInput] = []
+    for place in getters:
+        if not isinstance(place, int):
+            found.append(place())
+        elif place == 0 and rebuilt is not None:
+            found.append(rebuilt)
+        else:
+            found.append(tensors[place].detach())
+    return found

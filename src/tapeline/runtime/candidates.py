@@ -1,4 +1,4 @@
-"""Ways to place the blocks of one model, each run once on fake tensors."""
+"""Ways to place the blocks of one model, each run on fake tensors."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from tapeline.errors import UnsupportedModelError
+from tapeline.planner.block import front
 from tapeline.planner.chain import Chain, Option
+from tapeline.planner.policy import CHEAP, KEEP, LEAST, RECOMPUTE, Policy
 from tapeline.planner.profile import StepProfile, build_chain, held_bytes
 from tapeline.planner.schema import BlockPlan, Placement
 from tapeline.runtime.predict import FakeStep
+from tapeline.tape.graph import Tape
+from tapeline.tape.options import block_graph
 
 _SEGMENT_LENGTHS = (2, 3, 4, 6, 8, 12, 16, 24)
-_FAILS = "recomputing it fails, for example because it changes its input in place"
 _NOT_RECORDED = "autograd records nothing here"
+_NUM_BETWEEN = 3
+_MAX_SAMPLES = 2
 
 Blocks = tuple[BlockPlan, ...]
 
@@ -30,41 +34,55 @@ class Candidates:
 
     def __init__(self, step: FakeStep, model: nn.Module) -> None:
         self.step = step
-        self.kept = step.run(())
+        kinds = {name: type(model.get_submodule(name)).__name__ for name in step.block_names}
+        self._kinds = kinds
+        self.kept = step.record([_plan(name, kinds[name], KEEP) for name in step.block_names])
         self.names = _in_order_of_execution(step.block_names, self.kept)
-        self._kinds = {name: type(model.get_submodule(name)).__name__ for name in self.names}
-        self._fixed = {name: reason for name in self.names if (reason := self.kept.blocks[name].fixed_reason)}
-        self.recomputed = self._recompute_what_can_be()
-        for name, facts in self.recomputed.blocks.items():
-            if facts.num_calls == 0:
-                self._fixed.setdefault(name, _NOT_RECORDED)
-        self._held = held_bytes(self.kept, self.recomputed)
+        self.tapes = {name: self._tapes_of(name) for name in self.names}
+        self._reasons = {name: reason for name in self.names if (reason := self._reason(name))}
         self._profiles: dict[Blocks, StepProfile] = {}
+        self._first_peaks: dict[Blocks, int] = {}
         self._chain: Chain | None = None
+        self._policies: dict[str, Policy] = {}
 
     def profile(self, blocks: Blocks) -> StepProfile:
         """The step under these placements, run once."""
         if blocks not in self._profiles:
-            keeps_all = all(block.saved == "device" for block in blocks)
+            keeps_all = all(block.policy.keeps_all for block in blocks) and not self.step.library.rules.drop
             self._profiles[blocks] = self.kept if keeps_all else self.step.run(blocks)
         return self._profiles[blocks]
 
+    def first_peak(self, blocks: Blocks) -> int:
+        """The peak of the very first step: blocks are recorded, recipes are verified, the optimizer has no state yet."""
+        if blocks not in self._first_peaks:
+            profile = self.profile(blocks)
+            if profile is not self.kept:
+                profile = self.step.run(blocks, is_first=True)
+            self._first_peaks[blocks] = self.step.first_step_peak(profile)
+        return self._first_peaks[blocks]
+
+    def peak(self, blocks: Blocks) -> int:
+        """The largest peak of any step."""
+        return max(self.profile(blocks).peak_bytes, self.first_peak(blocks))
+
+    def uniform(self, policy: Policy) -> Blocks:
+        """The same policy for all blocks that it can apply to."""
+        return tuple(self._place(name, policy) for name in self.names)
+
     def keep_all(self) -> Blocks:
-        return tuple(self._place(name, self.recomputed, "device") for name in self.names)
+        return self.uniform(KEEP)
 
     def recompute_all(self) -> Blocks:
-        return tuple(self._place(name, self.recomputed, "recompute") for name in self.names)
+        return self.uniform(RECOMPUTE)
 
-    def segments(self, length: int) -> Blocks:
+    def segments(self, length: int, policy: Policy = RECOMPUTE) -> Blocks:
         """Recompute everything, and keep only every `length`-th input of each run of chained blocks."""
         blocks = []
         position = -1
         for name in self.names:
             position = position + 1 if position >= 0 and self._is_chained(name) else 0
-            blocks.append(
-                self._place(name, self.recomputed, "recompute", "recompute" if position % length else "device")
-            )
-            if blocks[-1].saved == "device":
+            blocks.append(self._place(name, policy, "recompute" if position % length else "device"))
+            if blocks[-1].reason:
                 position = -1
         return tuple(blocks)
 
@@ -72,66 +90,118 @@ class Candidates:
         """About the square root of the number of blocks."""
         return max(2, round(math.sqrt(len(self.names))))
 
-    def all_segments(self) -> Iterator[Blocks]:
+    def all_segments(self, policy: Policy = RECOMPUTE) -> Iterator[Blocks]:
         """Segments of growing length, each with more recomputation than the one before."""
         for length in _SEGMENT_LENGTHS:
-            blocks = self.segments(length)
+            blocks = self.segments(length, policy)
             if length < len(self.names) and any(block.input == "recompute" for block in blocks):
                 yield blocks
 
     def from_options(self, options: Sequence[Option]) -> Blocks:
         """The placements that a solution of `chain` stands for."""
-        kinds = {self.names[option.block]: option.kind for option in options}
-        return tuple(
-            self._place(name, self.recomputed, "recompute" if kinds[name] == "recompute" else "device")
-            for name in self.names
-        )
+        chosen = {self.names[option.block]: self._policies[option.kind] for option in options}
+        return tuple(self._place(name, chosen[name]) for name in self.names)
 
     def chain(self) -> Chain:
-        """The choice problem between keeping and recomputing each block."""
+        """The choice problem between keeping each block, replaying all of it, and what lies between.
+
+        What lies between is measured on samples: in one run, blocks with equal tapes take different policies, and what one
+        of them was found to hold and need is taken for the others.
+        """
         if self._chain is None:
-            self._chain = build_chain(self.kept, self.recomputed, self.names)
+            self._policies = {"keep": KEEP, "recompute": RECOMPUTE} | self._between()
+            between = [kind for kind in self._policies if kind not in ("keep", "recompute")]
+            samples = [(self.profile(blocks), kinds) for blocks, kinds in self._samples(between)]
+            groups = {name: self._group(name) for name in self.names}
+            self._chain = build_chain(self.kept, self.profile(self.recompute_all()), self.names, samples, groups)
         return self._chain
 
     def notes(self) -> Iterator[str]:
         """What could not be chosen freely."""
         by_reason: dict[str, list[str]] = {}
-        for name, reason in self._fixed.items():
+        for name, reason in self._reasons.items():
             by_reason.setdefault(reason, []).append(name)
         for reason, names in by_reason.items():
             if reason != _NOT_RECORDED:
                 shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-                yield f"always kept: {shown} ({len(names)} in all), {reason}"
+                yield f"not replayed from a tape: {shown} ({len(names)} in all), {reason}"
 
-    def _recompute_what_can_be(self) -> StepProfile:
-        """Run the step with every block recomputed; if that fails, find the blocks that cannot be, one by one."""
-        try:
-            return self.step.run([self._place(name, None, "recompute") for name in self.names])
-        except UnsupportedModelError:
-            for name in self.names:
-                try:
-                    self.step.run([self._place(n, None, "recompute" if n == name else "device") for n in self.names])
-                except UnsupportedModelError:
-                    self._fixed.setdefault(name, _FAILS)
-        return self.step.run([self._place(name, None, "recompute") for name in self.names])
+    def _tapes_of(self, name: str) -> list[Tape]:
+        records = self.step.library.blocks.get(name)
+        return [known.tape for known in records.classes.values() if known.tape is not None] if records else []
+
+    def _reason(self, name: str) -> str:
+        """Why a block has no tape."""
+        facts = self.kept.blocks[name]
+        return facts.reason if facts.num_calls else _NOT_RECORDED
+
+    def _can_rerun(self, name: str) -> bool:
+        records = self.step.library.blocks.get(name)
+        return records is not None and all(known.can_rerun for known in records.classes.values())
 
     def _is_chained(self, name: str) -> bool:
-        facts = self.recomputed.blocks[name]
+        facts = self.kept.blocks[name]
         return facts.num_calls == facts.num_chained == self.step.accumulation
 
-    def _place(
-        self, name: str, recomputed: StepProfile | None, saved: Placement, source: Placement = "device"
-    ) -> BlockPlan:
-        reason = self._fixed.get(name, "")
-        return BlockPlan(
-            name=name,
-            kind=self._kinds[name],
-            saved="device" if reason else saved,
-            input="device" if reason else source,
-            held_bytes=max(0, self._held[name]) if recomputed else 0,
-            recompute_flops=recomputed.blocks[name].recompute_flops if recomputed else 0,
-            reason=reason,
+    def _between(self) -> dict[str, Policy]:
+        """Policies between keeping and recomputing, best first: the largest tape says which prices are worth having."""
+        tapes = {tape.digest: tape for tapes in self.tapes.values() for tape in tapes}
+        if not tapes:
+            return {}
+        largest = max(tapes.values(), key=Tape.saved_bytes)
+        rows = front(block_graph(largest, self.step.library.rates))
+        inner = [policy for policy, _ in rows if policy.saved == "mixed"]
+        picked = [inner[len(inner) * i // _NUM_BETWEEN] for i in range(min(_NUM_BETWEEN, len(inner)))]
+        policies = dict.fromkeys([CHEAP, LEAST, *picked])
+        return {f"option {number}": policy for number, policy in enumerate(policies)}
+
+    def _samples(self, kinds: list[str]) -> Iterator[tuple[Blocks, dict[str, str]]]:
+        """Mixtures in which every group of equal blocks takes as many of the policies as it has members."""
+        if not kinds:
+            return
+        members: dict[str, list[str]] = {}
+        for name in self.names:
+            members.setdefault(self._group(name), []).append(name)
+        for sample in range(_MAX_SAMPLES):
+            taken = {
+                name: kinds[(place + sample * len(names)) % len(kinds)]
+                for names in members.values()
+                for place, name in enumerate(names)
+            }
+            yield tuple(self._place(name, self._policies[taken[name]]) for name in self.names), taken
+            if all(len(names) >= len(kinds) for names in members.values()):
+                return
+
+    def _group(self, name: str) -> str:
+        """Blocks with equal tapes are in one group."""
+        return "+".join(tape.digest for tape in self.tapes[name]) or name
+
+    def _place(self, name: str, policy: Policy, source: Placement = "device") -> BlockPlan:
+        reason = self._reasons.get(name, "")
+        if reason and not (policy.drops_all and reason != _NOT_RECORDED and self._can_rerun(name)):
+            policy = KEEP
+        return _plan(name, self._kinds[name], policy, "device" if reason else source, reason)
+
+    def described(self, blocks: Blocks) -> Blocks:
+        """The placements with what they hold and recompute filled in."""
+        profile = self.profile(blocks)
+        held = held_bytes(self.kept, self.profile(self.recompute_all()))
+        return tuple(
+            BlockPlan(
+                name=block.name,
+                kind=block.kind,
+                policy=block.policy,
+                input=block.input,
+                held_bytes=max(0, held[block.name]),
+                recompute_flops=profile.blocks[block.name].recompute_flops,
+                reason=block.reason,
+            )
+            for block in blocks
         )
+
+
+def _plan(name: str, kind: str, policy: Policy, source: Placement = "device", reason: str = "") -> BlockPlan:
+    return BlockPlan(name=name, kind=kind, policy=policy, input=source, held_bytes=0, recompute_flops=0, reason=reason)
 
 
 def _in_order_of_execution(names: list[str], profile: StepProfile) -> list[str]:

@@ -44,9 +44,9 @@ class BlockGuard:
         self._modules: list[tuple[str, nn.Module]] = []
         self._children: list[tuple[int, ...]] = []
 
-    def has_trainable(self) -> bool:
-        """Whether any parameter of the block requires a gradient."""
-        return any(p is not None and p.requires_grad for _, m in self._walk() for p in m._parameters.values())
+    def tensors(self) -> list[torch.Tensor]:
+        """Parameters, buffers and tensor attributes of the block."""
+        return [source.tensor for source in self.note().sources.values()]
 
     def note(self) -> Noted:
         """The state now."""

@@ -1,170 +1,82 @@
-"""Block inputs that are not kept: rebuilt in backward by running the blocks before them again.
+"""Block inputs that are not kept: rebuilt in backward by replaying the blocks before them.
 
 With every k-th input kept (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"), the inputs in between
-are the outputs of earlier blocks. The first block of a segment that backward reaches replays its predecessors without
-autograd, once, and leaves their outputs for the recompute of each.
+are the outputs of earlier blocks. Dropping an input is one more replay: its recipe is the tape of the block before, as far
+as that block's output. The first block of a segment that backward reaches replays its predecessors, once, and leaves
+their outputs for the replay of each.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import get_device_states, set_device_states
+
+from tapeline.runtime.ambient import Ambient
+from tapeline.runtime.replaying import replay
+from tapeline.tape.program import Program
+from tapeline.tape.sources import tensor_leaves
 
 
-class Ambient:
-    """Random state and autocast state at the entry of a call."""
-
-    def __init__(self, tensors: list[torch.Tensor]) -> None:
-        devices = {t.device.type for t in tensors} - {"cpu", "meta"}
-        self.device_type = min(devices, default="cuda")
-        self.cpu_state = torch.get_rng_state()
-        self.devices, self.device_states = get_device_states(*tensors)
-        kinds = ["cpu", *sorted(devices)]
-        self.autocast = [(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds]
-        self.is_cache_enabled = torch.is_autocast_cache_enabled()
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Run under the noted state, and put today's state back."""
-        with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(devices=self.devices, device_type=self.device_type))
-            torch.set_rng_state(self.cpu_state)
-            if self.devices:
-                set_device_states(self.devices, self.device_states, device_type=self.device_type)
-            for kind, is_enabled, dtype in self.autocast:
-                stack.enter_context(
-                    torch.autocast(kind, dtype=dtype, enabled=is_enabled, cache_enabled=self.is_cache_enabled)
-                )
-            yield
-
-
-class KeptInput:
-    """A tensor that stays in memory, with the version it had."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor.detach()
-        self.requires_grad = tensor.requires_grad
-        self.version = tensor._version
-
-    def peek(self) -> torch.Tensor:
-        if self.tensor._version != self.version:
-            raise RuntimeError(
-                "A tensor needed to recompute block inputs has been modified in place between forward and backward: "
-                f"it is at version {self.tensor._version}, expected {self.version}."
-            )
-        return self.tensor
-
-
-class Invocation:
-    """A function with its arguments, one of which, the block's input, can be taken out and put back.
-
-    The input is the first tensor by position, or the keyword argument ``hidden_states``; `place` says where.
-    """
-
-    __slots__ = ("args", "forward", "kwargs", "place")
-
-    def __init__(
-        self,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        place: int | str | None = None,
-    ) -> None:
-        self.forward, self.args, self.kwargs = forward, args, kwargs
-        self.place = _input_place(args, kwargs) if place is None else place
-
-    @property
-    def input(self) -> torch.Tensor | None:
-        if self.place is None:
-            return None
-        value = self.args[self.place] if isinstance(self.place, int) else self.kwargs[self.place]
-        return value if isinstance(value, torch.Tensor) else None
-
-    def with_input(self, value: torch.Tensor | None) -> Invocation:
-        """The same call on another input; ``None`` gives a call that holds no input."""
-        args, kwargs = self.args, self.kwargs
-        if isinstance(self.place, int):
-            args = (*args[: self.place], value, *args[self.place + 1 :])
-        elif self.place is not None:
-            kwargs = kwargs | {self.place: value}
-        return Invocation(self.forward, args, kwargs, self.place)
-
-    def tensors(self) -> list[torch.Tensor]:
-        return tensor_leaves((self.args, self.kwargs))
-
-    def run(self) -> Any:
-        return self.forward(*self.args, **self.kwargs)
-
-
-class BlockCall:
-    """One call of a block, kept so that its output can be computed again.
+class OutputRecipe:
+    """How to make the outputs of one call again.
 
     Args:
-        invocation: the call.
-        source: where its input comes from.
-        check: raises if the block has changed since.
+        block: name of the block.
+        program: makes the outputs from sources alone.
+        sources: a tensor for each source, or the input that is itself to be rebuilt.
+        ambient: the random state at entry.
     """
 
-    def __init__(self, invocation: Invocation, source: KeptInput | RecomputedInput, check: Callable[[], None]) -> None:
-        self.ambient = Ambient(invocation.tensors())
-        self.invocation = invocation.with_input(None)
-        self.others = [KeptInput(tensor) for tensor in self.invocation.tensors()]
-        self.source, self.check = source, check
+    def __init__(
+        self, block: str, program: Program, sources: Sequence[torch.Tensor | RebuiltInput], ambient: Ambient
+    ) -> None:
+        self.block, self.program, self.sources, self.ambient = block, program, sources, ambient
+        self.versions = [_version(sources[number]) for _, number in program.sources]
 
-    def output(self, index: int) -> torch.Tensor:
-        """Run the block again; return the `index`-th tensor of what it returns.
+    def before(self) -> RebuiltInput | None:
+        """The rebuilt input that this call itself needs."""
+        return next((source for source in self.sources if isinstance(source, RebuiltInput)), None)
 
-        Autograd is on, as it was: kernels and blocks choose by it. What it would save is thrown away at once.
-        """
-        self.check()
-        for other in self.others:
-            other.peek()
-        value = self.source.peek().detach().requires_grad_(self.source.requires_grad)
-        with torch.enable_grad(), saved_tensors_hooks(_forget_saved, _never_unpacked), self.ambient.restored():
-            leaves = tensor_leaves(self.invocation.with_input(value).run())
-        return leaves[index].detach()
+    def run(self, index: int) -> torch.Tensor:
+        """Output `index`; the input must be there."""
+        used = [self.sources[number] for _, number in self.program.sources]
+        if [_version(source) for source in used] != self.versions:
+            raise RuntimeError(
+                "One of the variables needed to recompute a block's input has been modified by an inplace operation between "
+                "forward and backward. Run backward before the optimizer step or the change."
+            )
+        tensors = [source.tensor() if isinstance(source, RebuiltInput) else source for source in self.sources]
+        return replay(self.block, self.program, tensors, (), self.ambient)[index]
 
 
-class RecomputedInput:
-    """An input that was dropped: output `index` of `call`."""
+class RebuiltInput:
+    """An input that was dropped: output `index` of the call before."""
 
-    def __init__(self, call: BlockCall, index: int, value: torch.Tensor) -> None:
-        self.call, self.index, self.requires_grad = call, index, value.requires_grad
-        self.placeholder = value.detach().new_empty(0)
-        self.tensor: torch.Tensor | None = None
-        before = call.source
-        self.lock: threading.Lock = before.lock if isinstance(before, RecomputedInput) else threading.Lock()
+    def __init__(self, recipe: OutputRecipe, index: int) -> None:
+        self.recipe, self.index = recipe, index
+        self._tensor: torch.Tensor | None = None
+        before = recipe.before()
+        self.lock: threading.RLock = before.lock if before is not None else threading.RLock()
         """One for the whole segment: rebuilding one input fills in those before it."""
 
-    def peek(self) -> torch.Tensor:
-        """The value, without giving up the copy that the block's own recompute will take."""
-        assert self.tensor is not None, "predecessors are rebuilt in order"
-        return self.tensor
-
-    def take(self) -> torch.Tensor:
-        """Rebuild what is missing, from the last kept input on, and hand the value over."""
+    def tensor(self) -> torch.Tensor:
+        """The value; what is missing is rebuilt from the last kept input on, and stays as long as this object."""
         with self.lock:
             for missing in self._missing():
-                missing.tensor = missing.call.output(missing.index)
-            value = self.peek()
-            self.tensor = None
-        return value.detach().requires_grad_(self.requires_grad)
+                missing._tensor = missing.recipe.run(missing.index)
+            assert self._tensor is not None, "rebuilt just now"
+            return self._tensor
 
-    def _missing(self) -> list[RecomputedInput]:
-        """This input and those before it that are not there, first one first."""
-        missing: list[RecomputedInput] = []
-        at: KeptInput | RecomputedInput = self
-        while isinstance(at, RecomputedInput) and at.tensor is None:
+    def _missing(self) -> list[RebuiltInput]:
+        missing: list[RebuiltInput] = []
+        at: RebuiltInput | None = self
+        while at is not None and at._tensor is None:
             missing.append(at)
-            at = at.call.source
+            at = at.recipe.before()
         return missing[::-1]
 
 
@@ -172,49 +84,34 @@ class Chain:
     """Remembers the last block call of each thread, for as long as its output lives."""
 
     def __init__(self) -> None:
-        self._last: dict[int, tuple[list[tuple[weakref.ref[torch.Tensor], int]], BlockCall | None]] = {}
+        self._last: dict[int, tuple[list[tuple[weakref.ref[torch.Tensor], int]], OutputRecipe | None]] = {}
 
-    def note(self, out: Any, call: BlockCall | None) -> None:
+    def note(self, out: Any, recipe: OutputRecipe | None) -> None:
         """Remember what a block returned, and how to compute it again (``None``: only that it did)."""
         thread = threading.get_ident()
         chain = weakref.ref(self)
         refs = [
             (weakref.ref(tensor, lambda _: _forget(chain, thread)), tensor._version) for tensor in tensor_leaves(out)
         ]
-        self._last[thread] = (refs, call)
+        self._last[thread] = (refs, recipe)
 
-    def match(self, tensor: torch.Tensor | None) -> tuple[BlockCall | None, int] | None:
-        """The call and output index that `tensor` is, unchanged; ``None`` if it is something else."""
-        refs, call = self._last.get(threading.get_ident(), ([], None))
+    def match(self, tensor: torch.Tensor | None) -> tuple[OutputRecipe | None, int] | None:
+        """The recipe and output index that `tensor` is, unchanged; ``None`` if it is something else."""
+        refs, recipe = self._last.get(threading.get_ident(), ([], None))
         for index, (ref, version) in enumerate(refs):
             if tensor is not None and ref() is tensor and tensor._version == version:
-                return call, index
+                return recipe, index
         return None
 
     def __reduce__(self) -> tuple[type[Chain], tuple[()]]:
         return Chain, ()
 
 
+def _version(source: torch.Tensor | RebuiltInput) -> int:
+    return source._version if isinstance(source, torch.Tensor) else -1
+
+
 def _forget(chain: weakref.ref[Chain], thread: int) -> None:
     alive = chain()
     if alive is not None and thread in alive._last and all(ref() is None for ref, _ in alive._last[thread][0]):
         del alive._last[thread]
-
-
-def _forget_saved(tensor: torch.Tensor) -> None:
-    """Pack hook: keep nothing."""
-
-
-def _never_unpacked(_: None) -> torch.Tensor:
-    raise AssertionError("no backward runs through a replay")
-
-
-def _input_place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str | None:
-    for index, value in enumerate(args):
-        if isinstance(value, torch.Tensor):
-            return index
-    return "hidden_states" if "hidden_states" in kwargs else None
-
-
-def tensor_leaves(out: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]

@@ -11,14 +11,12 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from tapeline.errors import UsageError
 from tapeline.planner.schema import BlockPlan
 from tapeline.runtime.block import BlockSeam
-from tapeline.runtime.blocks import is_transformers_layer
 from tapeline.runtime.inputs import Chain
+from tapeline.runtime.library import Library
 
 _MISSING = object()
-_CACHE_NAMES = ("past_key_values", "layer_past", "past_key_value")
 
 
 class Patches:
@@ -78,27 +76,42 @@ class InstanceForward:
         return type(self.module).forward(self.module, *args, **kwargs)
 
 
-def install_blocks(patches: Patches, model: nn.Module, blocks: Sequence[BlockPlan]) -> dict[str, BlockSeam]:
-    """Put a plan's blocks in force on `model`; returns the seams of the blocks that are recomputed."""
+def install_blocks(
+    patches: Patches, model: nn.Module, blocks: Sequence[BlockPlan], library: Library, *, records: bool = False
+) -> dict[str, BlockSeam]:
+    """Put a plan's blocks in force on `model`; returns the seams of the blocks that drop something.
+
+    Args:
+        patches: notes what is set.
+        model: the model.
+        blocks: the blocks of a plan.
+        library: tapes and recipes.
+        records: also give seams to blocks that keep everything, to record them.
+    """
     switch_off_checkpointing(patches, model)
-    recomputed = [block for block in blocks if block.saved == "recompute"]
-    if not recomputed:
+    droppers = {block.name for block in blocks if block.input == "recompute"}
+    following = {block.name: after.name for block, after in pairwise(blocks)}
+    feeders = {name for name, after in following.items() if after in droppers}
+    managed = [
+        b for b in blocks if records or library.rules.drop or not b.policy.keeps_all or b.name in droppers | feeders
+    ]
+    if not managed:
         return {}
     switch_off_cache(patches, model)
-    droppers = {block.name for block in recomputed if block.input == "recompute"}
-    following = {block.name: after.name for block, after in pairwise(blocks)}
     chain = Chain()
     seams = {}
-    for block in recomputed:
+    for block in managed:
         module = model.get_submodule(block.name)
         seam = BlockSeam(
             block.name,
             module,
+            block.policy,
+            library,
             chain,
             drops_input=block.name in droppers,
-            feeds_next=following.get(block.name) in droppers,
+            feeds_next=block.name in feeders,
         )
-        install_seam(patches, module, seam)
+        patches.set(module, "forward", InstanceForward(module, seam, vars(module).get("forward")))
         seams[block.name] = seam
     return seams
 
@@ -107,30 +120,21 @@ def managed_module(model: nn.Module) -> str | None:
     """The name of a block that already runs through a seam, if there is one."""
     name: str
     for name, module in model.named_modules():
-        function = vars(module).get("_gradient_checkpointing_func")
         forward = vars(module).get("forward")
-        seam = forward.seam if isinstance(forward, InstanceForward) else getattr(function, "__self__", None)
-        if isinstance(seam, BlockSeam) and seam.is_in_force:
+        if isinstance(forward, InstanceForward) and forward.seam.is_in_force:
             return name
     return None
 
 
-def install_seam(patches: Patches, module: nn.Module, seam: BlockSeam) -> None:
-    """Make `module` run through `seam`, by the per-layer function of transformers or by its own `forward`."""
-    if is_transformers_layer(module):
-        patches.set(module, "_gradient_checkpointing_func", seam.from_partial)
-        patches.set(module, "gradient_checkpointing", True)
-        patches.hook(module, _refuse_filled_cache)
-    else:
-        patches.set(module, "forward", InstanceForward(module, seam, vars(module).get("forward")))
-
-
 def switch_off_checkpointing(patches: Patches, model: nn.Module) -> list[nn.Module]:
-    """Switch off what transformers itself was told to checkpoint, so that the plan decides alone."""
-    switched = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
-    for module in switched:
+    """Switch off what transformers itself checkpoints, so that the plan decides alone.
+
+    It is set also where it is off, so that `Patches.replaced` notices when somebody switches it on later.
+    """
+    switches = [m for m in model.modules() if isinstance(getattr(m, "gradient_checkpointing", None), bool)]
+    for module in switches:
         patches.set(module, "gradient_checkpointing", False)
-    return switched
+    return switches
 
 
 def switch_off_cache(patches: Patches, model: nn.Module) -> None:
@@ -140,22 +144,7 @@ def switch_off_cache(patches: Patches, model: nn.Module) -> None:
             patches.hook(module, _without_cache)
 
 
-def has_filled_cache(kwargs: dict[str, Any]) -> bool:
-    """Whether a layer is called with a cache that already holds keys and values, such as a learned prefix."""
-    caches = (kwargs.get(name) for name in _CACHE_NAMES)
-    return any(cache.get_seq_length() > 0 for cache in caches if cache is not None and hasattr(cache, "get_seq_length"))
-
-
 def _without_cache(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     if not (module.training and torch.is_grad_enabled()) or kwargs.get("use_cache") is not None:
         return None
     return args, kwargs | {"use_cache": False}
-
-
-def _refuse_filled_cache(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    """transformers drops the cache of a layer that is recomputed: the result would be another one."""
-    if module.training and torch.is_grad_enabled() and has_filled_cache(kwargs):
-        raise UsageError(
-            f"{type(module).__name__} is to be recomputed and was called with a filled cache, which cannot be replayed: "
-            "plan with a batch that has the cache, so that the layers are kept, or leave the cache out."
-        )

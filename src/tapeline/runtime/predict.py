@@ -13,13 +13,16 @@ from torch import nn
 from torch.optim.optimizer import _default_to_fused_or_foreach
 from torch.utils._pytree import tree_leaves
 
+from tapeline.cost.device import nominal_rates
 from tapeline.errors import TapelineError, UnsupportedModelError, UsageError, did_you_mean
 from tapeline.ledger import OPTIMIZER, Ledger
 from tapeline.planner.profile import StepProfile
 from tapeline.planner.schema import BlockPlan
 from tapeline.runtime.install import Patches, install_blocks, managed_module
+from tapeline.runtime.library import Library
 from tapeline.runtime.step import LossFn, StepMeter, model_loss, track_training_state
 from tapeline.tape.fake import ShapeMode, fake_batch, fake_copy, preserved_random_state
+from tapeline.tape.rules import Rules
 
 OptimizerSpec = torch.optim.Optimizer | str | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None
 
@@ -36,6 +39,7 @@ class FakeStep:
         loss_fn: called as ``loss_fn(model, batch)``.
         accumulation: number of micro-batches in a step.
         reserve_bytes: bytes on the device that something else holds all the time.
+        rules: what the user insists on keeping or dropping.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class FakeStep:
         loss_fn: LossFn = model_loss,
         accumulation: int = 1,
         reserve_bytes: int = 0,
+        rules: Rules | None = None,
     ) -> None:
         if (name := managed_module(model)) is not None:
             raise UsageError(
@@ -56,6 +61,7 @@ class FakeStep:
         self.mode = ShapeMode()
         self.block_names, self.loss_fn, self.accumulation = list(block_names), loss_fn, accumulation
         self.device = model_device(model)
+        self.library = Library(nominal_rates(self.device), rules)
         memo: dict[int, Any] = {}
         self.model = fake_copy(self.mode, model, memo)
         if not self.model.training:
@@ -65,19 +71,29 @@ class FakeStep:
             self.others = [torch.empty(-(-reserve_bytes // 4), dtype=torch.float32, device=self.device)]
         self.optimizer = self._copy_optimizer(optimizer, model, memo)
 
-    def run(self, blocks: Sequence[BlockPlan], *, micro_batches: Sequence[Any] = ()) -> StepProfile:
+    def run(
+        self,
+        blocks: Sequence[BlockPlan],
+        *,
+        micro_batches: Sequence[Any] = (),
+        is_first: bool = False,
+        records: bool = False,
+    ) -> StepProfile:
         """Run one step with the blocks placed as given, with the optimizer's state in place.
 
         Args:
             blocks: placements; an empty sequence runs the untouched model.
             micro_batches: others than the one given at first, `accumulation` times.
+            is_first: record every block anew, as the first step of a session does.
+            records: record also blocks that keep everything.
         """
+        library = Library(self.library.rates, self.library.rules) if is_first else self.library
         patches = Patches()
         real = list(micro_batches) or [self.batch] * self.accumulation
         fakes = [fake_batch(self.mode, batch) for batch in real]
         with self._environment(), _explained(type(self.model).__name__):
             try:
-                seams = install_blocks(patches, self.model, blocks)
+                seams = install_blocks(patches, self.model, blocks, library, records=records)
                 self._warm_up()
                 meter = StepMeter(self.model, self.block_names, self.device)
                 return meter.run(
@@ -91,6 +107,10 @@ class FakeStep:
             finally:
                 patches.undo()
                 self.model.zero_grad(set_to_none=True)
+
+    def record(self, blocks: Sequence[BlockPlan]) -> StepProfile:
+        """Run one step with everything kept, and record every block on the way; `library` has the tapes afterwards."""
+        return self.run(blocks, records=True)
 
     @contextmanager
     def _environment(self) -> Iterator[None]:

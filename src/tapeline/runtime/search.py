@@ -12,11 +12,13 @@ from torch import nn
 from tapeline.cost.device import available_bytes
 from tapeline.errors import InfeasibleBudgetError, UnsupportedModelError, UsageError
 from tapeline.planner.chain import smallest, solve
+from tapeline.planner.policy import CHEAP, KEEP, LEAST, RECOMPUTE
 from tapeline.planner.schema import Alternative, Plan, parse_mode
 from tapeline.runtime.blocks import find_blocks
 from tapeline.runtime.candidates import Blocks, Candidates
 from tapeline.runtime.predict import FakeStep, OptimizerSpec
 from tapeline.runtime.step import LossFn, model_loss
+from tapeline.tape.rules import Rules
 from tapeline.units import Budget, format_bytes, parse_budget, parse_bytes
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,8 @@ def plan(
     *,
     mode: str | bool = "auto",
     blocks: Sequence[str] | None = None,
+    keep: Sequence[str] = (),
+    drop: Sequence[str] = (),
     optimizer: OptimizerSpec = None,
     loss_fn: LossFn = model_loss,
     accumulation: int = 1,
@@ -51,9 +55,14 @@ def plan(
         budget: bytes, ``"22GiB"``, ``"60%"`` of the predicted peak of the untouched model, or ``"auto"``, what this
             process may use. Default: ``"auto"`` in mode ``auto``, no limit in the other modes.
         mode: ``"auto"``: the fewest recomputed operations that fit the budget. ``"none"``: keep everything.
-            ``"recompute"``: keep each block's input and recompute the rest. ``"segments"`` or ``"segments:k"``: keep every
-            k-th block input (k about the square root of the number of blocks).
+            ``"cheap"``: drop only what replays without a matrix product or attention. ``"recompute"``: keep each block's
+            input and recompute the rest. ``"segments"`` or ``"segments:k"``: keep every k-th block input (k about the
+            square root of the number of blocks). ``"least"``: the smallest peak, whatever it costs.
         blocks: names of the modules to manage, with ``*`` for one part of a name. Default: found by structure.
+        keep: what to keep in every block whatever the mode: names of submodules (``"self_attn"``, ``"mlp.act_fn"``), of
+            operations (``"softmax"``, ``"mm"``), or ``"matmul"``, ``"attention"``. What they make, and backward
+            needs, stays on the device.
+        drop: what to drop in every block whatever the mode, named in the same way.
         optimizer: counted in the prediction: an optimizer of `model`, the name of a class of `torch.optim`, or a
             function from parameters to an optimizer. ``None``: no optimizer state is counted.
         loss_fn: called as ``loss_fn(model, batch)``, returns a scalar. Default: the model's own loss.
@@ -87,6 +96,7 @@ def plan(
         raise UsageError(f"on_infeasible must be 'error' or 'warn', got {on_infeasible!r}.")
     wanted = parse_budget(budget) or (Budget(auto=True) if name == "auto" else None)
     names = _block_names(model, blocks, name)
+    rules = Rules(_names("keep", keep), _names("drop", drop))
     step = FakeStep(
         model,
         batch,
@@ -95,8 +105,10 @@ def plan(
         loss_fn=loss_fn,
         accumulation=accumulation,
         reserve_bytes=parse_bytes(str(reserve)) if reserve else 0,
+        rules=rules,
     )
     candidates = Candidates(step, model)
+    rules.check()
     limit = _limit(candidates, wanted, margin)
     try:
         chosen = _choose(candidates, name, segment_length, limit)
@@ -131,21 +143,20 @@ def _choose(candidates: Candidates, mode: str, segment_length: int | None, limit
     if mode == "auto":
         assert limit is not None, "mode auto has a budget"
         return _cheapest(candidates, limit)
-    if mode == "none":
-        blocks = candidates.keep_all()
-    elif mode == "recompute":
-        blocks = candidates.recompute_all()
-    else:
+    if mode == "segments":
         blocks = candidates.segments(segment_length or candidates.default_segment_length())
-    peak = candidates.profile(blocks).peak_bytes
-    if limit is not None and peak > limit:
-        raise _infeasible(candidates, limit, f"mode {mode!r} needs {format_bytes(peak)}, ")
+    elif mode == "least":
+        blocks = _smallest(candidates)
+    else:
+        blocks = candidates.uniform({"none": KEEP, "cheap": CHEAP, "recompute": RECOMPUTE}[mode])
+    if limit is not None and candidates.peak(blocks) > limit:
+        raise _infeasible(candidates, limit, f"mode {mode!r} needs {format_bytes(candidates.peak(blocks))}, ")
     return blocks
 
 
 def _cheapest(candidates: Candidates, limit: int) -> Blocks:
     """The placements with the fewest recomputed operations that fit, checked by running them."""
-    if candidates.kept.peak_bytes <= limit:
+    if candidates.peak(candidates.keep_all()) <= limit:
         return candidates.keep_all()
     target = limit
     for _ in range(_MAX_CORRECTIONS):
@@ -153,37 +164,39 @@ def _cheapest(candidates: Candidates, limit: int) -> Blocks:
         if found is None:
             break
         blocks = candidates.from_options(found)
-        excess = candidates.profile(blocks).peak_bytes - limit
+        excess = candidates.peak(blocks) - limit
         if excess <= 0:
             return blocks
         logger.debug("composed plan is %d bytes above the budget when run: solving again", excess)
         target -= excess
-    for blocks in (candidates.recompute_all(), *candidates.all_segments()):
-        if candidates.profile(blocks).peak_bytes <= limit:
+    below = (candidates.recompute_all(), candidates.uniform(LEAST), *candidates.all_segments())
+    for blocks in (*below, *candidates.all_segments(LEAST)):
+        if candidates.peak(blocks) <= limit:
             return blocks
     raise _infeasible(candidates, limit)
 
 
 def _smallest(candidates: Candidates) -> Blocks:
     """The placements with the smallest peak."""
-    tried = [candidates.keep_all(), candidates.recompute_all(), *candidates.all_segments()]
+    tried = [candidates.keep_all(), candidates.recompute_all(), candidates.uniform(LEAST)]
+    tried += [*candidates.all_segments(), *candidates.all_segments(LEAST)]
     tried.append(candidates.from_options(smallest(candidates.chain())))
-    return min(tried, key=lambda blocks: candidates.profile(blocks).peak_bytes)
+    return min(tried, key=candidates.peak)
 
 
 def _infeasible(candidates: Candidates, limit: int, detail: str = "") -> InfeasibleBudgetError:
-    profile = candidates.profile(_smallest(candidates))
+    blocks = _smallest(candidates)
+    profile, peak = candidates.profile(blocks), candidates.peak(blocks)
     parts = ", ".join(f"{kind} {format_bytes(size)}" for kind, size in profile.memory.items() if size)
     advice = (
         f'Mode "auto" fits {format_bytes(limit)}.'
-        if profile.peak_bytes <= limit
-        else f"Raise the budget to {profile.peak_bytes} bytes, or use shorter sequences or a smaller batch."
+        if peak <= limit
+        else f"Raise the budget to {peak} bytes, or use shorter sequences or a smaller batch."
     )
     return InfeasibleBudgetError(
-        f"Does not fit: budget {format_bytes(limit)}, {detail}smallest possible {format_bytes(profile.peak_bytes)} "
-        f"({parts}). {advice}",
+        f"Does not fit: budget {format_bytes(limit)}, {detail}smallest possible {format_bytes(peak)} ({parts}). {advice}",
         budget_bytes=limit,
-        smallest_feasible_bytes=profile.peak_bytes,
+        smallest_feasible_bytes=peak,
     )
 
 
@@ -200,14 +213,16 @@ def _finish(candidates: Candidates, mode: str, chosen: Blocks, limit: int | None
         device=str(step.device),
         budget_bytes=limit,
         peak_bytes=profile.peak_bytes,
-        first_step_peak_bytes=step.first_step_peak(profile),
+        first_step_peak_bytes=candidates.first_peak(chosen),
         untouched_peak_bytes=kept.peak_bytes,
         flops=profile.flops,
         untouched_flops=kept.flops,
         memory=profile.memory,
         untouched_memory=kept.memory,
-        blocks=chosen,
+        blocks=candidates.described(chosen),
         alternatives=_alternatives(candidates, mode, chosen, limit),
+        keep=step.library.rules.keep,
+        drop=step.library.rules.drop,
         notes=tuple(notes),
     )
 
@@ -221,6 +236,12 @@ def _alternatives(candidates: Candidates, mode: str, chosen: Blocks, limit: int 
         fits = None if limit is None else profile.peak_bytes <= limit
         rows.append(Alternative(name=name, peak_bytes=profile.peak_bytes, flops=profile.flops, fits=fits))
     return tuple(rows)
+
+
+def _names(argument: str, names: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(names, str):
+        raise UsageError(f"{argument} must be a list of names, got the string {names!r}: use {argument}=[{names!r}].")
+    return tuple(names)
 
 
 def _block_names(model: nn.Module, blocks: Sequence[str] | None, mode: str) -> list[str]:

@@ -12,12 +12,15 @@ from types import TracebackType
 import torch
 from torch import nn
 
+from tapeline.cost.device import nominal_rates
 from tapeline.errors import UsageError, did_you_mean
 from tapeline.planner.schema import Plan
 from tapeline.runtime.install import Patches, install_blocks, managed_module
+from tapeline.runtime.library import Library
 from tapeline.runtime.measure import PeakMeter, make_meter
 from tapeline.runtime.predict import model_device
 from tapeline.table import text_table
+from tapeline.tape.rules import Rules
 from tapeline.units import format_bytes, format_deviation
 
 logger = logging.getLogger(__name__)
@@ -107,7 +110,8 @@ class Session:
         self._meter: PeakMeter = make_meter(model, model_device(model))
         self._patches = Patches()
         try:
-            self._seams = install_blocks(self._patches, model, plan.blocks)
+            self._library = Library(nominal_rates(model_device(model)), Rules(plan.keep, plan.drop))
+            self._seams = install_blocks(self._patches, model, plan.blocks, self._library)
         except BaseException:
             self._patches.undo()
             raise
@@ -115,7 +119,7 @@ class Session:
         self._measures_body = measure
         self._is_measuring = False
         self._notes: list[str] = []
-        logger.info("plan %r in force: %d of %d blocks recomputed", plan.mode, len(self._seams), len(plan.blocks))
+        logger.info("plan %r in force: %d of %d blocks replayed", plan.mode, len(self._seams), len(plan.blocks))
 
     def __enter__(self) -> Session:
         if self._measures_body:

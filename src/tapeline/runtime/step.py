@@ -15,7 +15,6 @@ from tapeline.errors import UsageError
 from tapeline.ledger import BACKWARD, FORWARD, OPTIMIZER, RECOMPUTE, Ledger, Span
 from tapeline.planner.profile import BlockFacts, Point, StepProfile
 from tapeline.runtime.block import BlockSeam
-from tapeline.runtime.watch import StateWatch
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
 
@@ -78,12 +77,11 @@ class StepMeter:
         """
         self.flops.clear()
         ledger = Ledger(self.device, observe=self._count)
-        watch = StateWatch(self.model, self.block_names)
         track_training_state(ledger, self.model, optimizer)
         ledger.track((leaf for leaf in tree_leaves(micro_batches) if isinstance(leaf, torch.Tensor)), "batch")
         ledger.track(others, "other")
         ledger.begin_window()
-        with ledger, ledger.watch(self.model, self.block_names), watch:
+        with ledger, ledger.watch(self.model, self.block_names):
             for batch in micro_batches:
                 with ledger.scope(FORWARD):
                     loss = loss_fn(self.model, batch)
@@ -104,7 +102,7 @@ class StepMeter:
             flops=sum(self.flops.values()),
             memory=_memory(ledger),
             points=tuple(_points(ledger.spans)),
-            blocks={name: self._facts(name, seams or {}, watch) for name in self.block_names},
+            blocks={name: self._facts(name, seams or {}) for name in self.block_names},
         )
 
     def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, span: Span) -> None:
@@ -112,13 +110,13 @@ class StepMeter:
         if flops:
             self.flops[span.phase, span.block] += flops
 
-    def _facts(self, name: str, seams: Mapping[str, BlockSeam], watch: StateWatch) -> BlockFacts:
+    def _facts(self, name: str, seams: Mapping[str, BlockSeam]) -> BlockFacts:
         seam = seams.get(name)
         return BlockFacts(
             recompute_flops=self.flops[RECOMPUTE, name],
             num_calls=seam.num_calls if seam else 0,
             num_chained=seam.num_chained if seam else 0,
-            fixed_reason=watch.reasons.get(name, ""),
+            reason="; ".join(seam.reasons) if seam else "",
         )
 
 

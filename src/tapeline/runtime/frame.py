@@ -1,0 +1,300 @@
+"""One call of a block: what was held, and what brings the rest back.
+
+Lifetimes follow references: autograd's saved variables hold either a tensor or a place in a `Phase`; a phase holds what its
+replay starts from. When the graph goes, all of it goes. There is no table of tensors anywhere.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from tapeline.errors import PlanDriftError
+from tapeline.runtime.ambient import Ambient
+from tapeline.runtime.inputs import RebuiltInput
+from tapeline.runtime.replaying import replay
+from tapeline.runtime.rerun import Rerun
+from tapeline.runtime.signature import numerics
+from tapeline.tape.graph import Geometry
+from tapeline.tape.program import KEEP, Program, Recipe
+
+Hooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
+_count_nodes = torch.autograd._get_sequence_nr
+
+
+class Phase:
+    """What one phase of one call needs to run: its program, tensors with the versions they had, the random state."""
+
+    __slots__ = (
+        *("ambient", "block", "is_complete", "lock", "numerics", "program", "ready", "rerun", "roots", "sources"),
+        *("stream", "versions"),
+    )
+
+    def __init__(self, block: str, program: Program, ambient: Ambient | None) -> None:
+        self.block, self.program, self.ambient = block, program, ambient
+        self.sources: Sequence[torch.Tensor | RebuiltInput] = ()
+        self.roots: Sequence[torch.Tensor] = ()
+        self.versions: list[int] = []
+        self.numerics: tuple[Any, ...] = ()
+        self.ready: dict[int, torch.Tensor] = {}
+        self.rerun: dict[int, tuple[Rerun, int]] | None = None
+        self.lock = threading.RLock()
+        self.is_complete = False
+        self.stream: Any = None
+
+    def complete(self, sources: Sequence[torch.Tensor | RebuiltInput], roots: Sequence[torch.Tensor]) -> None:
+        """The call has ended: from now on this phase can be replayed."""
+        self.sources, self.roots = sources, roots
+        self.versions = [tensor._version for tensor in self._origins()]
+        self.numerics = numerics()
+        self.is_complete = True
+
+    def take(self, slot: int) -> torch.Tensor:
+        """The tensor of one slot; the first to ask replays the phase, and the others wait until they are asked for."""
+        with self.lock:
+            if self.rerun is not None:
+                rerun, number = self.rerun[slot]
+                return rerun.take(number)
+            if slot not in self.ready:
+                self.ready.update(enumerate(self.replay()))
+                self.stream = _current_stream(self.ready[slot])
+            tensor = self.ready.pop(slot)
+            if self.stream is not None:
+                _hand_over(tensor, self.stream)
+            return tensor
+
+    def replay(self) -> list[torch.Tensor]:
+        """Run the program once; returns the tensor of each slot.
+
+        Raises:
+            RuntimeError: if a tensor that it starts from has been changed in place since.
+            PlanDriftError: if the forward has not ended.
+        """
+        if not self.is_complete:
+            raise PlanDriftError(
+                f"The forward of block {self.block!r} did not end, or it ran backward inside itself, which it did not do when "
+                "it was recorded: what was dropped cannot be made. Keep this block."
+            )
+        for tensor, version in zip(self._origins(), self.versions, strict=True):
+            if tensor._version != version:
+                raise RuntimeError(_changed(tensor, version, f"to recompute block {self.block!r}"))
+        if self.numerics != numerics():
+            raise RuntimeError(
+                "A setting that decides how kernels compute was changed between forward and backward of block "
+                f"{self.block!r}: {self.numerics} then, {numerics()} now (deterministic algorithms, matmul precision, TF32, "
+                "reduced precision). Replaying would give another gradient. Change it before the forward."
+            )
+        sources = [source.tensor() if isinstance(source, RebuiltInput) else source for source in self.sources]
+        return replay(self.block, self.program, sources, self.roots, self.ambient)
+
+    def _origins(self) -> list[torch.Tensor]:
+        used = (self.sources[number] for _, number in self.program.sources)
+        return [*(source for source in used if isinstance(source, torch.Tensor)), *self.roots]
+
+
+class Frame:
+    """The hook pair of one call.
+
+    Args:
+        block: name of the block.
+        recipe: what to do with each saved tensor.
+        sources: the tensors of the recipe's sources, as they are now, or an input that will be rebuilt.
+        ambient: the random state at entry.
+        foreign: the hook pair that was in force before, which gets everything that is kept.
+        rebuilt: the block's input, if it is not kept.
+    """
+
+    __slots__ = (
+        *("actions", "block", "cursor", "drift", "dropped", "first_node", "foreign", "phases", "rebuilt", "recipe"),
+        *("roots", "sources", "versions"),
+    )
+
+    def __init__(
+        self,
+        block: str,
+        recipe: Recipe,
+        sources: Sequence[torch.Tensor | RebuiltInput],
+        ambient: Ambient | None = None,
+        foreign: Hooks | None = None,
+        rebuilt: RebuiltInput | None = None,
+    ) -> None:
+        self.rebuilt = rebuilt
+        self.block, self.recipe, self.actions, self.sources, self.foreign = (
+            block,
+            recipe,
+            recipe.packs,
+            sources,
+            foreign,
+        )
+        self.versions = self._source_versions()
+        self.phases = [Phase(block, program, ambient) for program in recipe.programs]
+        self.roots: dict[int, torch.Tensor] = {}
+        self.cursor = 0
+        self.drift = ""
+        """What was different from the tape; empty as long as nothing was."""
+        self.dropped: list[tuple[Phase, int, int]] = []
+        """Phase, slot and number of every tensor that was dropped."""
+        self.first_node = _count_nodes()
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        """The pack hook: keep the tensor, or leave a place in a phase."""
+        cursor = self.cursor
+        if self.drift:
+            self.cursor = cursor + 1
+            return keep(tensor, self.foreign)
+        try:
+            shape, stride, dtype, least, most, *_ = self.actions[cursor]
+        except IndexError:
+            self.drift = f"it saved more than {len(self.actions)} tensors"
+            self.cursor = cursor + 1
+            return keep(tensor, self.foreign)
+        if (
+            tensor.shape != shape
+            or tensor.dtype != dtype
+            or not least <= _count_nodes() - self.first_node <= most
+            or tensor.stride() != stride
+        ):
+            self.drift = f"saved tensor {cursor} is another one ({tensor.dtype} {list(tensor.shape)})"
+        return self.place(tensor)
+
+    def place(self, tensor: torch.Tensor) -> Any:
+        """Do with the next saved tensor what the recipe says."""
+        cursor = self.cursor
+        self.cursor = cursor + 1
+        if self.drift:
+            return keep(tensor, self.foreign)
+        _, _, _, _, _, phase, slot, root = self.actions[cursor]
+        if self.rebuilt is not None and cursor in self.recipe.input_packs:
+            return InputPlace(self.rebuilt, self.recipe.input_packs[cursor]), 0
+        if phase != KEEP:
+            at = self.phases[phase]
+            self.dropped.append((at, slot, cursor))
+            return at, slot
+        if root != KEEP:
+            self.roots[root] = tensor
+        return keep(tensor, self.foreign)
+
+    def finish(self) -> bool:
+        """The forward has ended; returns whether it did what was recorded. If not, `drift` says what was different."""
+        recipe = self.recipe
+        nodes = _count_nodes() - self.first_node
+        if not self.drift:
+            if self.cursor != len(self.actions):
+                self.drift = f"it saved {self.cursor} tensors instead of {len(self.actions)}"
+            elif not recipe.least_nodes <= nodes <= recipe.most_nodes:
+                self.drift = f"it made {nodes} autograd nodes instead of {recipe.most_nodes}"
+        return not self.drift and self.complete()
+
+    def complete(self) -> bool:
+        """Make the phases ready to be replayed, unless a source has changed while the call ran."""
+        if self._source_versions() != self.versions:
+            self.drift = "it changed one of its sources in place"
+            return False
+        values = self.recipe.tape.values
+        for phase in self.phases:
+            roots = []
+            for _, value in phase.program.roots:
+                base, tensor = values[value].base, self.roots[value]
+                is_base = tensor.shape == base.shape and tensor.stride() == base.stride
+                roots.append(tensor if is_base else base.apply(tensor))
+            phase.complete(self.sources, roots)
+        self._let_go()
+        return True
+
+    def recover(self, rerun: Rerun, tensors_saved: int) -> None:
+        """Bring what was dropped before the drift back by running the whole block again."""
+        rerun.num_saved = tensors_saved
+        for phase, slot, number in self.dropped:
+            action = self.actions[number]
+            rerun.expected[number] = action.shape, action.dtype
+            phase.rerun = (phase.rerun or {}) | {slot: (rerun, number)}
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Autograd keeps the pack hook, and so this object, as long as any tensor that went through it is saved."""
+        self.roots, self.dropped, self.phases, self.sources, self.rebuilt = {}, [], [], (), None
+
+    def _source_versions(self) -> list[int]:
+        return [source._version for source in self.sources if isinstance(source, torch.Tensor)]
+
+
+class InputPlace:
+    """A saved tensor that is the block's input, which is not kept."""
+
+    __slots__ = ("geometry", "rebuilt")
+
+    def __init__(self, rebuilt: RebuiltInput, geometry: Geometry | None) -> None:
+        self.rebuilt, self.geometry = rebuilt, geometry
+
+    def take(self, _: int) -> torch.Tensor:
+        tensor = self.rebuilt.tensor()
+        return tensor if self.geometry is None else self.geometry.apply(tensor)
+
+
+class Late:
+    """A saved tensor of a call that is still being recorded: it is settled when the call has ended."""
+
+    __slots__ = ("is_unpacked", "packed")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.packed: Any = (tensor, tensor._version)
+        self.is_unpacked = False
+
+
+class _Kept:
+    """A tensor that the hook pair of somebody else has packed."""
+
+    __slots__ = ("packed", "unpack")
+
+    def __init__(self, packed: Any, unpack: Callable[[Any], torch.Tensor]) -> None:
+        self.packed, self.unpack = packed, unpack
+
+
+def keep(tensor: torch.Tensor, foreign: Hooks | None = None) -> Any:
+    """Pack a tensor that stays as it is."""
+    if foreign is None:
+        return tensor, tensor._version
+    return _Kept(foreign[0](tensor), foreign[1])
+
+
+def unpack(packed: Any) -> torch.Tensor:
+    """The unpack hook.
+
+    Raises:
+        RuntimeError: if a tensor that was kept has been changed in place since; autograd does not look when hooks are set.
+    """
+    while type(packed) is Late:
+        packed.is_unpacked = True
+        packed = packed.packed
+    if type(packed) is _Kept:
+        return packed.unpack(packed.packed)
+    first, second = packed
+    if isinstance(first, torch.Tensor):
+        if first._version != second:
+            raise RuntimeError(_changed(first, second, "for gradient computation"))
+        return first
+    tensor: torch.Tensor = first.take(second)  # a phase or a rerun
+    return tensor
+
+
+def _changed(tensor: torch.Tensor, version: int, why: str) -> str:
+    return (
+        f"One of the variables needed {why} has been modified by an inplace operation: "
+        f"{tensor.dtype} of shape {list(tensor.shape)} is at version {tensor._version}; expected version {version} instead. "
+        "Run backward before the optimizer step or the change."
+    )
+
+
+def _current_stream(tensor: torch.Tensor) -> Any:
+    return None if tensor.device.type in ("cpu", "meta") else torch.accelerator.current_stream(tensor.device)
+
+
+def _hand_over(tensor: torch.Tensor, produced_on: Any) -> None:
+    """Make the present stream wait for the one that the phase was replayed on."""
+    current = torch.accelerator.current_stream(tensor.device)
+    if current != produced_on:
+        current.wait_stream(produced_on)
+        tensor.record_stream(current)

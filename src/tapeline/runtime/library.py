@@ -1,0 +1,140 @@
+"""The recipes of a session: one for each distinct tape and policy, shared by all blocks and calls that have it."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from tapeline.cost.device import Rates
+from tapeline.errors import UsageError
+from tapeline.planner.block import choose
+from tapeline.planner.policy import Policy
+from tapeline.runtime.fingerprint import Fingerprint
+from tapeline.tape.graph import Tape
+from tapeline.tape.options import Limits, block_graph
+from tapeline.tape.program import NotReplayable, Program, Recipe, compile_program, compile_recipe
+from tapeline.tape.rules import Rules
+
+
+@dataclass(slots=True)
+class CallClass:
+    """What is known of one class of calls of a block: its tape, or why it has none."""
+
+    tape: Tape | None
+    reason: str = ""
+    """Why calls of this class are not replayed from a tape."""
+    can_rerun: bool = True
+    """Without a tape: whether the block may be run again as a whole."""
+
+
+@dataclass(slots=True)
+class BlockRecords:
+    """What is known of one block: the states it was seen in, and its classes of calls."""
+
+    fingerprint: Fingerprint
+    classes: dict[Any, CallClass] = field(default_factory=dict)
+
+
+class Library:
+    """Finds or makes the recipe for a tape.
+
+    Args:
+        rates: rates of the device.
+        rules: what the user insists on.
+    """
+
+    def __init__(self, rates: Rates, rules: Rules | None = None) -> None:
+        self.rates, self.rules = rates, rules or Rules()
+        self.tapes: dict[str, Tape] = {}
+        """Every distinct tape, by digest."""
+        self.failures: dict[str, list[str]] = {}
+        """What was found wrong when it was verified, and is kept instead, by digest."""
+        self.obstacles: dict[Any, CallClass] = {}
+        """Classes of calls without a tape, by class of module: what one block has found out holds for its like."""
+        self.blocks: dict[str, BlockRecords] = {}
+        """What is known of each block, by name."""
+        self.verified: set[tuple[str, Policy]] = set()
+        self.lock = threading.RLock()
+        self._limits: dict[str, Limits] = {}
+        self._recipes: dict[tuple[str, Policy], Recipe] = {}
+        self._outputs: dict[str, Program | None] = {}
+        self._sources: dict[str, dict[Any, int]] = {}
+
+    def records(self, name: str, module: nn.Module) -> BlockRecords:
+        """What is known of a block."""
+        found = self.blocks.get(name)
+        if found is None or found.fingerprint.module is not module:
+            found = self.blocks[name] = BlockRecords(Fingerprint(module))
+        return found
+
+    def recipe(self, tape: Tape, policy: Policy) -> Recipe:
+        """The recipe for a tape under a policy.
+
+        Raises:
+            UsageError: if something that must be dropped cannot be made again.
+        """
+        key = tape.digest, policy
+        with self.lock:
+            if key not in self._recipes:
+                self._recipes[key] = self._solve(self.tapes.setdefault(tape.digest, tape), policy)
+            return self._recipes[key]
+
+    def keep_instead(self, tape: Tape, values: set[int], reason: str) -> None:
+        """Never replay these values again: doing so gave something else."""
+        with self.lock:
+            limits = self._limits_of(tape)
+            self._limits[tape.digest] = replace(limits, held=limits.held | values, dropped=limits.dropped - values)
+            self.failures.setdefault(tape.digest, []).append(reason)
+            for key in [key for key in self._recipes if key[0] == tape.digest]:
+                del self._recipes[key]
+
+    def output_program(self, recipe: Recipe) -> Program | None:
+        """The calls that make the outputs of a tape from sources alone, which are those of `recipe`; ``None`` if none do."""
+        tape, graph = recipe.tape, recipe.graph
+        if tape.digest not in self._outputs:
+            sources = {source: number for number, source in enumerate(self.all_sources(tape))}
+            try:
+                program = compile_program(tape, graph, frozenset(), tape.outputs, sources)
+            except NotReplayable:
+                program = None
+            if program is not None and (
+                program.roots or any(c.op is not None and c.op.obstacle for c in program.calls)
+            ):
+                program = None
+            self._outputs[tape.digest] = program
+        return self._outputs[tape.digest]
+
+    def all_sources(self, tape: Tape) -> list[Any]:
+        """The sources that any op of a tape reads."""
+        read = {index for op in tape.ops for index in op.reads}
+        sources = (tape.values[index].source for index in sorted(read))
+        return list(dict.fromkeys(source for source in sources if source is not None and source.kind != "unknown"))
+
+    def _solve(self, tape: Tape, policy: Policy) -> Recipe:
+        while True:
+            limits = self._limits_of(tape)
+            graph = block_graph(tape, self.rates, limits)
+            try:
+                choice = choose(graph, policy)
+            except ValueError as error:
+                raise UsageError(
+                    f"drop={list(self.rules.drop)}: some of it cannot be made again ({_reasons(tape)}), so it cannot be dropped."
+                ) from error
+            try:
+                return compile_recipe(tape, graph, choice)
+            except NotReplayable as error:
+                self._limits[tape.digest] = replace(limits, unreplayable=limits.unreplayable | {error.op})
+
+    def _limits_of(self, tape: Tape) -> Limits:
+        if tape.digest not in self._limits:
+            held, dropped = self.rules.apply(tape)
+            self._limits[tape.digest] = Limits(held=held, dropped=dropped)
+        return self._limits[tape.digest]
+
+
+def _reasons(tape: Tape) -> str:
+    reasons = dict.fromkeys(f"{op.name}: {op.obstacle}" for op in tape.ops if op.obstacle)
+    return "; ".join(list(reasons)[:3]) or "nothing leads to it"

@@ -1,0 +1,37 @@
+"""Replaying a program in backward: alone, under the random state of the forward, seen by those who only measure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tapeline.ledger import RECOMPUTE, Ledger, active_ledgers
+from tapeline.runtime.ambient import Ambient
+from tapeline.tape.fake import ShapeMode
+from tapeline.tape.program import Program
+from tapeline.tape.replay import isolated, run_program
+
+OBSERVERS = (Ledger, ShapeMode, FlopCounterMode)
+"""Dispatch modes that see replayed ops too, because they change nothing; all others are off."""
+
+
+def replay(
+    block: str,
+    program: Program,
+    sources: Sequence[torch.Tensor],
+    roots: Sequence[torch.Tensor],
+    ambient: Ambient | None,
+) -> list[torch.Tensor]:
+    """Run a program of `block` with nothing of the surroundings in force, under the random state of the forward."""
+    with ExitStack() as stack:
+        stack.enter_context(isolated(OBSERVERS))
+        if torch._C._len_torch_dispatch_stack():
+            for ledger in active_ledgers():
+                stack.enter_context(ledger.scope(RECOMPUTE, block))
+        if program.is_random:
+            assert ambient is not None, "noted for every random recipe"
+            stack.enter_context(ambient.random_state())
+        return run_program(program, sources, roots)

@@ -1,0 +1,101 @@
+"""The class of a call: everything about its arguments and surroundings that a tape takes for granted."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import torch
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, Enum)
+
+
+def arguments_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], list[torch.Tensor]]:
+    """A hashable description of arguments without their numbers' contents, and the tensors among them in order.
+
+    Of tensors: shape, strides, dtype, device, whether they require grad, and which of them share a storage. Of numbers and
+    texts: the value. Of other objects: the type.
+    """
+    key: list[Any] = []
+    tensors: list[torch.Tensor] = []
+    for value in args:
+        _describe(value, key, tensors)
+    for name, value in kwargs.items():
+        key.append(name)
+        _describe(value, key, tensors)
+    if len(tensors) > 1:
+        first: dict[Any, int] = {}
+        for place, tensor in enumerate(tensors):
+            key.append(first.setdefault(_storage(tensor), place))
+    return tuple(key), tensors
+
+
+def surroundings() -> tuple[Any, ...]:
+    """Settings that decide which kernels the forward calls."""
+    accelerator = _accelerator()
+    return (
+        torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
+        torch.is_autocast_enabled(accelerator) and torch.get_autocast_dtype(accelerator),
+        torch.is_autocast_cache_enabled(),
+        torch.get_default_dtype(),
+        torch._C._get_flash_sdp_enabled(),
+        torch._C._get_mem_efficient_sdp_enabled(),
+        torch._C._get_math_sdp_enabled(),
+        torch._C._get_cudnn_sdp_enabled(),
+        *numerics(),
+    )
+
+
+def numerics() -> tuple[Any, ...]:
+    """Settings that decide how a kernel computes; a replay must find them as the forward had them."""
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch._C._get_cublas_allow_tf32(),
+        torch._C._get_cudnn_allow_tf32(),
+        torch._C._get_cublas_allow_bf16_reduced_precision_reduction(),
+        torch._C._get_cublas_allow_fp16_reduced_precision_reduction(),
+    )
+
+
+def _accelerator() -> str:
+    found = torch.accelerator.current_accelerator()
+    return "cuda" if found is None else found.type
+
+
+def _describe(value: Any, key: list[Any], tensors: list[torch.Tensor]) -> None:
+    if isinstance(value, torch.Tensor):
+        tensors.append(value)
+        key.append(
+            (
+                type(value),
+                value.shape,
+                value.stride() if value.layout == torch.strided else value.layout,
+                value.storage_offset() if value.layout == torch.strided else 0,
+                value.dtype,
+                value.device,
+                value.requires_grad,
+            )
+        )
+    elif isinstance(value, _PLAIN):
+        key.append((type(value), value))
+    elif isinstance(value, list | tuple):
+        key.append((type(value), len(value)))
+        for item in value:
+            _describe(item, key, tensors)
+    elif isinstance(value, dict):
+        key.append((type(value), *value))
+        for item in value.values():
+            _describe(item, key, tensors)
+    elif callable(value):
+        key.append((type(value), id(value)))
+    else:
+        key.append(type(value))
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    try:
+        identity: Any = tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # wrapper subclasses have no storage of their own
+        return id(tensor)
+    return int(identity)

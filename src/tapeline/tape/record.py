@@ -1,0 +1,376 @@
+"""Recording the tape of one call while it runs, on real tensors or on tensors without data.
+
+The recorder is a dispatch mode for the ops, a pack hook for what autograd saves, and a `CallWatch` for Functions and modules.
+It holds no tensor: recording a call needs no more memory than the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tapeline.cost.price import MATMUL, MEMORY, OTHER, count_flops, op_class
+from tapeline.tape.graph import ARGUMENT, BUFFER, UNKNOWN, WRITES_SOURCE, Geometry, Op, Pack, Source, Tape, Use, Value
+from tapeline.tape.sources import has_storage, module_sources, tensor_leaves
+from tapeline.tape.values import ValueTable
+from tapeline.tape.watch import CallWatch
+
+aten = torch.ops.aten
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, Enum, type)
+_READS_VALUES = {aten._local_scalar_dense.default, aten.equal.default}
+_COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional", "fsdp")
+_UNANNOTATED_WRITES = {"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"}  # they update running statistics
+_CHANGES_STORAGE = {"resize_", "resize_as_", "set_"}
+_UNINITIALISED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted"}
+_OVERWRITES = {"copy_", "fill_", "zero_", "bernoulli_", "normal_", "uniform_", "random_", "exponential_"}
+_MAX_CONSTANT_BYTES = 1024
+_count_nodes = torch.autograd._get_sequence_nr
+
+
+class _Region:
+    """A Function that is being applied: what it does inside belongs to it."""
+
+    def __init__(self, func: type, operands: list[torch.Tensor], args: Any) -> None:
+        self.func, self.args = func, args
+        self.flags = tuple(tensor.requires_grad for tensor in operands)
+        self.versions = [(tensor, tensor._version) for tensor in operands if not tensor.is_inference()]
+        self.saved: list[Value] = []
+        self.num_packs = 0
+        self.flops = 0
+        self.is_random = False
+        self.has_grad = torch.is_grad_enabled()
+        self.obstacle = ""
+
+
+class Recorder(TorchDispatchMode):
+    """Records the ops of what runs inside; `pack` is to be called for every tensor that autograd saves there.
+
+    Args:
+        module: the block, whose parameters, buffers and tensor attributes are known by name.
+        arguments: the arguments of the call; their tensors are known by their place.
+    """
+
+    def __init__(self, module: nn.Module, arguments: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tape = Tape()
+        self.table = ValueTable(self.tape)
+        self._region: _Region | None = None
+        self._watch = CallWatch(
+            {id(part): name for name, part in module.named_modules()}, self._begin_function, self._end_function
+        )
+        self._parameters: dict[int, nn.Parameter] = {}
+        for source, tensor in module_sources(module):
+            if isinstance(tensor, nn.Parameter):
+                self._parameters[id(tensor)] = tensor
+            if has_storage(tensor) and self.table.find(tensor) is None:
+                self.table.add(tensor, source=source)
+        for place, tensor in enumerate(tensor_leaves(arguments)):
+            self._add_argument(tensor, place)
+        self._cached_dtypes = _cached_dtypes()
+        self._first_node = _count_nodes()
+
+    def __enter__(self) -> Recorder:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self._first_node = _count_nodes()
+        self._watch.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._watch.__exit__(*exc)
+        self.tape.num_nodes = _count_nodes() - self._first_node
+        super().__exit__(*exc)  # type: ignore[no-untyped-call]
+
+    def pack(self, tensor: torch.Tensor) -> int:
+        """Note a tensor that autograd saves; returns its number."""
+        value = self.table.find(tensor)
+        region = self._region
+        position = len(self.tape.ops)
+        if region is not None:
+            if value is None:
+                value = self.table.add(tensor, producer=position, output=-1 - region.num_packs)
+                region.saved.append(value)
+            region.num_packs += 1
+            position += 1
+        elif value is None:
+            value = self._value(tensor)
+        self._must_be_seen(value)
+        nodes = _count_nodes() - self._first_node
+        self.tape.packs.append(Pack(value.index, Geometry.of(tensor), position, nodes, self.tape.cached_casts))
+        return len(self.tape.packs) - 1
+
+    def finish(self, out: Any) -> Tape:
+        """Say what the call returned; nothing more is recorded."""
+        for tensor in tensor_leaves(out):
+            if not has_storage(tensor):
+                continue
+            value = self._value(tensor)
+            self._must_be_seen(value)
+            for other in self.tape.values:
+                other.is_output = other.is_output or other.storage == value.storage
+            self.tape.outputs.append((value.index, Geometry.of(tensor)))
+        return self.tape.seal()
+
+    def refuse(self, reason: str) -> None:
+        """Nothing on this tape may be replayed; the first reason stays."""
+        self.tape.obstacle = self.tape.obstacle or reason
+
+    # -- ops -------------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._region is not None:
+            out = func(*args, **kwargs)
+            _see_inside(self._region, func, args, kwargs, out)
+            return out
+        if func is aten.lift_fresh.default and self._note_constant(args[0]):
+            return func(*args, **kwargs)
+        operands = list(_tensors((args, kwargs)))
+        spec, reads = (self._spec(args), self._spec(kwargs)), [self._value(tensor) for tensor in operands]
+        versions = [0 if tensor.is_inference() else tensor._version for tensor in operands]
+        out = func(*args, **kwargs)
+        wrote = list(_written(func, args, kwargs))
+        outputs = list(_tensors(out))
+        fresh = [(place, tensor) for place, tensor in enumerate(outputs) if self.table.find(tensor) is None]
+        if not wrote and any(t._version != v for t, v in zip(operands, versions, strict=True) if not t.is_inference()):
+            self.refuse(f"{func} writes without saying so")
+        if func in _READS_VALUES and reads:
+            self.refuse(f"it reads the values of tensors ({func})")
+        if fresh or wrote:
+            op = Op(len(self.tape.ops), func, *spec, tuple(dict.fromkeys(value.index for value in reads)))
+            op.flops = count_flops(func, args, kwargs, out)
+            op.is_random = is_random(func, args, kwargs)
+            op.num_outputs = len(outputs)
+            op.moved_bytes = sum(t.nbytes for t in operands) + sum(t.nbytes for _, t in fresh)
+            self._note(op, reads, wrote, fresh)
+        return out
+
+    def _note(
+        self, op: Op, reads: list[Value], wrote: list[torch.Tensor], fresh: list[tuple[int, torch.Tensor]]
+    ) -> None:
+        name = _short_name(op.func)
+        op.module, op.kind = self._watch.modules[-1], op_class(op.func)
+        self.tape.ops.append(op)
+        op.obstacle = self._obstacle(op, name, wrote)
+        written = [self._value(tensor) for tensor in wrote]
+        for value in reads:
+            if not (value in written and name in _OVERWRITES):
+                self._must_be_seen(value)
+        if name in _UNANNOTATED_WRITES:
+            for value in reads:
+                value.is_last = value.is_last and not (value.source is not None and value.source.kind == BUFFER)
+        op.writes = tuple(value.index for value in written)
+        makes = [self.table.overwrite(tensor, op.index) for tensor in wrote]
+        makes += [
+            self.table.add(tensor, producer=op.index, output=place)
+            for place, tensor in fresh
+            if self.table.find(tensor) is None  # two outputs may share a storage
+        ]
+        op.makes = tuple(value.index for value in makes)
+        if op.func is aten._to_copy.default:
+            self._note_cast(reads[0], makes[0])
+
+    def _obstacle(self, op: Op, name: str, wrote: list[torch.Tensor]) -> str:
+        if not hasattr(op.func, "_schema"):
+            return "a higher-order operator"
+        if op.func.namespace in _COLLECTIVES:
+            return "a collective"
+        if name in _CHANGES_STORAGE:
+            self.refuse(f"it changes the size of a storage ({op.func})")
+        if torch.Tag.dynamic_output_shape in op.func.tags and not _is_plain_index(op):
+            self.refuse(f"shapes depend on the values of tensors ({op.func})")
+        if name in _UNANNOTATED_WRITES or any(self.table.root(self._value(t)).source is not None for t in wrote):
+            return WRITES_SOURCE
+        if op.kwargs.get("generator") is not None:
+            return "it draws from a generator of its own"
+        return ""
+
+    def _must_be_seen(self, value: Value) -> None:
+        """Memory that is read before any op has written it was filled by a kernel that the dispatcher does not show."""
+        if value.producer is not None and value.producer < len(self.tape.ops):
+            op = self.tape.ops[value.producer]
+            if not op.is_function and value.previous is None and _short_name(op.func) in _UNINITIALISED:
+                op.obstacle = "memory that a kernel out of sight may have filled"
+
+    def _note_constant(self, tensor: torch.Tensor) -> bool:
+        """``torch.tensor(3.0)`` in a forward: a number that is written in the code."""
+        is_small = tensor.nbytes <= _MAX_CONSTANT_BYTES and (tensor.dim() == 0 or not tensor.is_floating_point())
+        if isinstance(tensor, FakeTensor) or not is_small or self.table.find(tensor) is not None:
+            return False
+        op = Op(len(self.tape.ops), aten.clone.default, (tensor.detach().clone(),), {}, ())
+        op.module = self._watch.modules[-1]
+        self.tape.ops.append(op)
+        op.makes = (self.table.add(tensor, producer=op.index).index,)
+        return True
+
+    # -- Functions -------------------------------------------------------------------------------------------------
+
+    def _begin_function(self, func: type, args: tuple[Any, ...]) -> None:
+        operands = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        for tensor in operands:
+            self._must_be_seen(self._value(tensor))
+        self._region = region = _Region(func, operands, self._spec(args))
+        if not all(isinstance(arg, torch.Tensor | _PLAIN) for arg in _flat(args)):
+            region.obstacle = "a Function that takes objects"
+        if any(isinstance(arg, list | tuple | dict) and tensor_leaves(arg) for arg in args):
+            region.obstacle = "a Function that takes tensors inside containers"
+
+    def _end_function(self, out: Any) -> None:
+        region, self._region = self._region, None
+        assert region is not None, "a Function ends that has begun"
+        index, outputs = len(self.tape.ops), list(_tensors(out))
+        op = Op(index, region.func, region.args, {}, tuple(dict.fromkeys(use.value for use in _uses(region.args))))
+        op.module, op.kind, op.flops = self._watch.modules[-1], MATMUL if region.flops else OTHER, region.flops
+        op.is_function, op.is_random, op.obstacle = True, region.is_random, region.obstacle
+        op.grad_flags, op.has_grad, op.num_outputs = region.flags, region.has_grad, len(outputs)
+        self.tape.ops.append(op)
+        makes = []
+        for tensor, version in region.versions:
+            if tensor._version != version:
+                op.obstacle = "a Function that writes into its arguments"
+                makes.append(self.table.overwrite(tensor, index))
+        for value in region.saved:
+            value.output = len(outputs) - 1 - value.output
+        for place, tensor in enumerate(outputs):
+            known = self.table.find(tensor)
+            if known is None:
+                makes.append(self.table.add(tensor, producer=index, output=place))
+            elif known in region.saved:  # the Function saves what it returns
+                known.output, known.base = place, Geometry.of(tensor)
+        op.makes = tuple(dict.fromkeys(value.index for value in (*makes, *region.saved)))
+        op.moved_bytes = sum(self.tape.values[value].num_bytes for value in (*op.reads, *op.makes))
+
+    # -- values ----------------------------------------------------------------------------------------------------
+
+    def _value(self, tensor: torch.Tensor) -> Value:
+        """The present content of the storage of `tensor`, whatever it is."""
+        return self.table.find(tensor) or self._cached_cast(tensor) or self.table.add(tensor, source=Source(UNKNOWN))
+
+    def _spec(self, arguments: Any) -> Any:
+        """The arguments with a `Use` in place of every tensor."""
+        if isinstance(arguments, torch.Tensor):
+            return self.table.use(arguments, self._value(arguments))
+        if isinstance(arguments, tuple) and not isinstance(arguments, torch.Size):
+            return tuple(map(self._spec, arguments))
+        if isinstance(arguments, list):
+            return [self._spec(item) for item in arguments]
+        if isinstance(arguments, dict):
+            return {name: self._spec(value) for name, value in arguments.items()}
+        return arguments
+
+    def _add_argument(self, tensor: torch.Tensor, place: int) -> None:
+        known = self.table.find(tensor) if has_storage(tensor) else None
+        if known is None:
+            self.table.add(tensor, source=Source(ARGUMENT, place=place))
+        elif known.source is not None and known.source.kind != ARGUMENT:
+            self.refuse(f"argument {place} shares its storage with {known.source}")
+
+    # -- autocast --------------------------------------------------------------------------------------------------
+
+    def _note_cast(self, read: Value, made: Value) -> None:
+        """Autocast may find this cast of a parameter in its cache the next time; then it makes no node."""
+        if read.requires_grad and read.source is not None and made.base.dtype in self._cached_dtypes:
+            self.tape.cached_casts += read.base.dtype == torch.float32
+
+    def _cached_cast(self, tensor: torch.Tensor) -> Value | None:
+        """A copy of a parameter that autocast has kept from an earlier call: as if it were cast here."""
+        node = tensor.grad_fn
+        if node is None or not self._cached_dtypes or node.name() != "ToCopyBackward0":
+            return None
+        parameter = self._parameters.get(id(getattr(node.next_functions[0][0], "variable", None)))
+        if parameter is None or Geometry.of(parameter).stride != Geometry.of(tensor).stride:
+            return None
+        read = self._value(parameter)
+        op = Op(len(self.tape.ops), aten._to_copy.default, (Use(read.index),), {"dtype": tensor.dtype}, (read.index,))
+        op.kind, op.module, op.moved_bytes = MEMORY, self._watch.modules[-1], parameter.nbytes + tensor.nbytes
+        self.tape.ops.append(op)
+        made = self.table.add(tensor, producer=op.index)
+        op.makes = (made.index,)
+        self.tape.cached_casts -= 1
+        return made
+
+
+def is_random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an op draws from the default generator; attention kernels do only if they drop something."""
+    if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()):
+        return False
+    if "attention" not in func._schema.name:
+        return True
+    names = [argument.name for argument in func._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    return bool(given.get("dropout_p", 0.0))
+
+
+def _see_inside(region: _Region, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    region.flops += count_flops(func, args, kwargs, out)
+    region.is_random = region.is_random or is_random(func, args, kwargs)
+    if func in _READS_VALUES:
+        region.obstacle = "a Function that reads the values of tensors"
+    if getattr(func, "namespace", "") in _COLLECTIVES:
+        region.obstacle = "a Function with a collective inside"
+
+
+def _short_name(func: Any) -> str:
+    packet = getattr(func, "_overloadpacket", None)
+    return str(packet.__name__) if packet is not None else str(func)
+
+
+def _is_plain_index(op: Op) -> bool:
+    """``x[i]`` has a shape that depends on values only if an index is a mask."""
+    return _short_name(op.func) == "index" and op.args[1] is not None
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """The tensors that an op writes into."""
+    schema = getattr(func, "_schema", None)
+    if schema is None or not schema.is_mutable or torch.Tag.inplace_view in func.tags:
+        return
+    for place, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield from _tensors(args[place] if place < len(args) else kwargs.get(argument.name))
+
+
+def _cached_dtypes() -> set[torch.dtype]:
+    """The dtypes in which autocast keeps copies of parameters now."""
+    if not torch.is_autocast_cache_enabled():
+        return set()
+    accelerator = torch.accelerator.current_accelerator()
+    kinds = ["cpu", accelerator.type] if accelerator is not None else ["cpu"]
+    return {torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
+
+
+def _uses(arguments: Any) -> Iterator[Use]:
+    if isinstance(arguments, Use):
+        yield arguments
+    elif isinstance(arguments, list | tuple):
+        for item in arguments:
+            yield from _uses(item)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _flat(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _flat(item)
+    else:
+        yield value
