@@ -43,13 +43,15 @@ def test_mixed_choices_are_composed_point_by_point() -> None:
     assert chain.peak_bytes([choice[0, "keep"], choice[1, "recompute"]]) == 67
 
 
-def test_blocks_that_write_buffers_or_record_nothing_are_only_kept() -> None:
-    for facts in (
-        BlockFacts(recompute_flops=7, num_calls=1, num_chained=1, fixed_reason="batch norm"),
-        BlockFacts(recompute_flops=0, num_calls=0, num_chained=0),
-    ):
-        recomputed = profile(
-            *[(p.phase, p.block, p.start_bytes, p.peak_bytes, p.end_bytes) for p in RECOMPUTED.points], facts=facts
-        )
-        chain = build_chain(KEPT, recomputed, ["a", "b"])
-        assert {option.kind for option in chain.options} == {"keep"}
+def test_blocks_that_record_nothing_are_only_kept() -> None:
+    facts = BlockFacts(recompute_flops=0, num_calls=0, num_chained=0)
+    recomputed = profile(
+        *[(p.phase, p.block, p.start_bytes, p.peak_bytes, p.end_bytes) for p in RECOMPUTED.points], facts=facts
+    )
+    chain = build_chain(KEPT, recomputed, ["a", "b"])
+    assert {option.kind for option in chain.options} == {"keep"}
+
+
+def test_a_sample_gives_all_blocks_of_its_group_the_option() -> None:
+    chain = build_chain(KEPT, RECOMPUTED, ["a", "b"], [(RECOMPUTED, {"a": "half"})], {"a": "equal", "b": "equal"})
+    assert sorted(o.block for o in chain.options if o.kind == "half") == [0, 1]

@@ -6,9 +6,10 @@ import json
 import pytest
 
 from tapeline.errors import UsageError
+from tapeline.planner.policy import RECOMPUTE
 from tapeline.planner.schema import Alternative, BlockPlan, Plan, parse_mode
 
-BLOCK = BlockPlan(name="layers.0", kind="Layer", saved="recompute", input="device", held_bytes=10, recompute_flops=5)
+BLOCK = BlockPlan(name="layers.0", kind="Layer", policy=RECOMPUTE, input="device", held_bytes=10, recompute_flops=5)
 PLAN = Plan(
     mode="auto",
     device="cpu",
@@ -42,7 +43,7 @@ def test_derived_numbers() -> None:
 
 def test_the_table_shows_what_matters() -> None:
     text = str(PLAN)
-    for word in ("weights", "activations", "none", "1.200x", "1 of 1 blocks recomputed", "note: a note"):
+    for word in ("weights", "activations", "none", "1.200x", "1 of 1 blocks replayed", "note: a note"):
         assert word in text
 
 

@@ -19,8 +19,8 @@ from tapeline.runtime.inputs import Chain, OutputRecipe, RebuiltInput
 from tapeline.runtime.invocation import Invocation
 from tapeline.runtime.library import CallClass, Library
 from tapeline.runtime.rerun import Rerun
-from tapeline.runtime.signature import arguments_key, surroundings
-from tapeline.runtime.verifier import verify
+from tapeline.runtime.signature import arguments_key, has_objects, surroundings
+from tapeline.runtime.verifier import verify, verify_outputs
 from tapeline.tape.graph import ARGUMENT, Source, Tape, first_difference
 from tapeline.tape.program import Recipe
 from tapeline.tape.record import Recorder
@@ -28,6 +28,7 @@ from tapeline.tape.sources import Getter, getter
 
 _MAX_DRIFTS = 3
 _MAX_CLASSES = 64
+_MAX_CHANGES = 2
 
 
 @dataclass(slots=True)
@@ -85,10 +86,13 @@ class BlockSeam:
         self.is_due_for_audit = False
         """Verify the next call again."""
         self._prepared: dict[Any, Prepared] = {}
+        self._unexpected: set[Any] = set()
+        """Classes of calls that were not as those of another block of its like, and are yet to be verified."""
 
     def __call__(self, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run ``forward(*args, **kwargs)``; nothing is spent where autograd records nothing."""
-        if not (self.is_in_force and torch.is_grad_enabled()) or torch.compiler.is_compiling() or has_transforms():
+        is_training = self.is_in_force and self.module.training and torch.is_grad_enabled()
+        if not is_training or torch.compiler.is_compiling() or has_transforms():
             return forward(*args, **kwargs)
         key, tensors = arguments_key(args, kwargs)
         token = self.fingerprint.token()
@@ -127,12 +131,13 @@ class BlockSeam:
         """As recorded: keep and drop what the recipe says."""
         assert prepared.recipe is not None, "checked by the caller"
         ambient = Ambient(tensors)
-        sources = _found(prepared.getters, tensors, rebuilt)
+        sources = self.find(prepared.getters, tensors, rebuilt)
         frame = Frame(self.name, prepared.recipe, sources, ambient, foreign, rebuilt)
         with saved_tensors_hooks(frame.pack, unpack):
             out = invocation.run()
+        recipe = frame.recipe
         if frame.finish():
-            self._note_output(out, frame, ambient, tensors, rebuilt)
+            self._note_output(out, recipe, ambient, tensors, rebuilt)
         else:
             self._drifted(key, frame, invocation, ambient)
         return out
@@ -147,6 +152,10 @@ class BlockSeam:
     ) -> Any:
         """Record the call while it runs; then treat it as any later one. An audit compares with what was known."""
         self.num_recorded += 1
+        expected = self.library.expected.get((type(self.module), key[1:], self.policy))
+        can_rerun = key not in self._unexpected and not has_objects(key[2])
+        if expected is not None and audited is None and can_rerun:
+            return self._record_as_expected(key, invocation, tensors, foreign, expected)
         ambient = Ambient(tensors)
         recorder = Recorder(self.module, (invocation.args, invocation.kwargs))
         late: list[Late] = []
@@ -175,19 +184,63 @@ class BlockSeam:
             self._note_reason(f"an audit found another tape: {first_difference(audited.known.tape, tape)}")
         recipe = verify(self, tape, saved, tensors, ambient, always=audited is not None)
         prepared = self._prepared[key] = Prepared(known, recipe, self.getters(recipe.sources))
-        frame = Frame(self.name, recipe, _found(prepared.getters, tensors, None), ambient, foreign)
+        self.library.expected[type(self.module), key[1:], self.policy] = recipe
+        frame = Frame(self.name, recipe, self.find(prepared.getters, tensors), ambient, foreign)
         for place, tensor in zip(places, saved, strict=True):
             place.packed = frame.place(tensor)
         is_complete = frame.complete()
         assert is_complete, "nothing has run since the call was recorded"
-        self._note_output(out, frame, ambient, tensors, None)
+        self._note_output(out, recipe, ambient, tensors, None)
+        return out
+
+    def _record_as_expected(
+        self, key: Any, invocation: Invocation, tensors: list[torch.Tensor], foreign: Hooks | None, recipe: Recipe
+    ) -> Any:
+        """Record the call while its tensors are dropped as those of a block of its like were.
+
+        So recording the second and all later blocks needs no more memory than running them. If the tape turns out to be
+        another one, this call falls back to running the whole block again, and the next is recorded with everything held.
+        """
+        ambient = Ambient(tensors)
+        recorder = Recorder(self.module, (invocation.args, invocation.kwargs))
+        getters = self.getters(recipe.sources)
+        frame = Frame(self.name, recipe, self.find(getters, tensors), ambient, foreign)
+
+        def pack(tensor: torch.Tensor) -> Any:
+            recorder.pack(tensor)
+            recorder.is_paused = True
+            try:
+                return frame.pack(tensor)
+            finally:
+                recorder.is_paused = False
+
+        with saved_tensors_hooks(pack, unpack), recorder:
+            out = invocation.run()
+        tape = recorder.finish(out)
+        known = self._classify(key, tape)
+        is_equal = known.tape is not None and known.tape.digest == recipe.tape.digest
+        if is_equal and frame.finish():
+            self._prepared[key] = Prepared(known, recipe, getters)
+            self._note_output(out, recipe, ambient, tensors, None)
+            return out
+        self.num_reruns += 1
+        frame.recover(Rerun(self.guard, invocation, ambient), frame.cursor)
+        self.chain.note(None, None)
+        if known.tape is not None and (known.tape.digest, self.policy) not in self.library.verified:
+            del self.records.classes[key]
+            self._unexpected.add(key)
         return out
 
     def _classify(self, key: Any, tape: Tape) -> CallClass:
         """Keep what a recording has found out about a class of calls."""
         classes = self.records.classes
-        changes = tape.changes_state or self.fingerprint.token() != key[0]
+        changes = tape.changes_state or self.fingerprint.token() != key[0] or has_objects(key[2])
         known = CallClass(tape)
+        self.records.num_changes += self.fingerprint.token() != key[0]
+        if self.records.num_changes >= _MAX_CHANGES:
+            self.records.fixed = CallClass(None, "its forward changes its own attributes", can_rerun=False)
+            self._prepared.clear()
+            self._note_reason(self.records.fixed.reason)
         if tape.obstacle or len(classes) >= _MAX_CLASSES:
             reason = tape.obstacle or f"it was called in {_MAX_CLASSES} different ways"
             known = CallClass(None, reason, can_rerun=not changes)
@@ -198,7 +251,11 @@ class BlockSeam:
 
     def _prepare(self, key: Any) -> Prepared | None:
         """The recipe for a class that was recorded under another policy, or by another block of its like."""
-        known = self.records.classes.get(key) or self.library.obstacles.get((type(self.module), key[1:]))
+        known = (
+            self.records.fixed
+            or self.records.classes.get(key)
+            or self.library.obstacles.get((type(self.module), key[1:]))
+        )
         if known is None:
             return None
         recipe = self.library.recipe(known.tape, self.policy) if known.tape is not None else None
@@ -251,6 +308,20 @@ class BlockSeam:
         """How to find each source in a call of this block."""
         return [source.place if source.kind == ARGUMENT else getter(self.module, source) for source in sources]
 
+    def find(
+        self, getters: list[Getter | int], tensors: list[torch.Tensor], rebuilt: RebuiltInput | None = None
+    ) -> list[torch.Tensor | RebuiltInput]:
+        """The sources of a call, under aliases that later changes of the originals do not reach."""
+        found: list[torch.Tensor | RebuiltInput] = []
+        for place in getters:
+            if not isinstance(place, int):
+                found.append(_alias(place()))
+            elif place == 0 and rebuilt is not None:
+                found.append(rebuilt)
+            else:
+                found.append(tensors[place].detach())
+        return found
+
     def _rebuilt(self, tensors: list[torch.Tensor]) -> RebuiltInput | None:
         match = self.chain.match(tensors[0] if tensors else None)
         self.num_chained += match is not None
@@ -261,33 +332,25 @@ class BlockSeam:
     def _note_output(
         self,
         out: Any,
-        frame: Frame,
+        recipe: Recipe,
         ambient: Ambient,
         tensors: list[torch.Tensor],
         rebuilt: RebuiltInput | None,
     ) -> None:
-        recipe = None
-        program = self.library.output_program(frame.recipe) if self.feeds_next else None
-        if program is not None:
-            found = self.getters(self.library.all_sources(frame.recipe.tape))
-            sources = _found(found, tensors, rebuilt)
-            recipe = OutputRecipe(self.name, program, sources, ambient)
-        self.chain.note(out, recipe)
+        output = None
+        if self.feeds_next and rebuilt is None:
+            verify_outputs(self, recipe, out, tensors, ambient)
+        program = self.library.output_program(recipe) if self.feeds_next else None
+        if program is not None and recipe.tape.digest in self.library.verified_outputs:
+            found = self.getters(self.library.all_sources(recipe.tape))
+            output = OutputRecipe(self.name, program, self.find(found, tensors, rebuilt), ambient)
+        self.chain.note(out, output)
 
     def _note_reason(self, reason: str) -> None:
         if reason:
             self.reasons.setdefault(reason)
 
 
-def _found(
-    getters: list[Getter | int], tensors: list[torch.Tensor], rebuilt: RebuiltInput | None
-) -> list[torch.Tensor | RebuiltInput]:
-    found: list[torch.Tensor | RebuiltInput] = []
-    for place in getters:
-        if not isinstance(place, int):
-            found.append(place())
-        elif place == 0 and rebuilt is not None:
-            found.append(rebuilt)
-        else:
-            found.append(tensors[place].detach())
-    return found
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory under another tensor, which keeps it when the original is given new data (``p.data = ...``)."""
+    return tensor.detach() if type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer) else tensor

@@ -36,7 +36,13 @@ class Candidates:
         self.step = step
         kinds = {name: type(model.get_submodule(name)).__name__ for name in step.block_names}
         self._kinds = kinds
-        self.kept = step.record([_plan(name, kinds[name], KEEP) for name in step.block_names])
+        kept = [_plan(name, kinds[name], KEEP) for name in step.block_names]
+        self.recorded = step.record(kept)
+        if any(records.num_changes for records in step.library.blocks.values()):
+            self.recorded = step.record(kept)  # once is setting up, twice is a habit
+        # the untouched model may fill caches for later tokens; a managed one does not
+        has_cache = step.library.cache_switch is not None and step.library.cache_switch.was_on
+        self.kept = step.run(()) if has_cache else self.recorded
         self.names = _in_order_of_execution(step.block_names, self.kept)
         self.tapes = {name: self._tapes_of(name) for name in self.names}
         self._reasons = {name: reason for name in self.names if (reason := self._reason(name))}
@@ -102,6 +108,11 @@ class Candidates:
         chosen = {self.names[option.block]: self._policies[option.kind] for option in options}
         return tuple(self._place(name, chosen[name]) for name in self.names)
 
+    @property
+    def has_chain(self) -> bool:
+        """Whether `chain` has been made already."""
+        return self._chain is not None
+
     def chain(self) -> Chain:
         """The choice problem between keeping each block, replaying all of it, and what lies between.
 
@@ -113,7 +124,7 @@ class Candidates:
             between = [kind for kind in self._policies if kind not in ("keep", "recompute")]
             samples = [(self.profile(blocks), kinds) for blocks, kinds in self._samples(between)]
             groups = {name: self._group(name) for name in self.names}
-            self._chain = build_chain(self.kept, self.profile(self.recompute_all()), self.names, samples, groups)
+            self._chain = build_chain(self.recorded, self.profile(self.recompute_all()), self.names, samples, groups)
         return self._chain
 
     def notes(self) -> Iterator[str]:
@@ -132,15 +143,17 @@ class Candidates:
 
     def _reason(self, name: str) -> str:
         """Why a block has no tape."""
-        facts = self.kept.blocks[name]
+        facts = self.recorded.blocks[name]
         return facts.reason if facts.num_calls else _NOT_RECORDED
 
     def _can_rerun(self, name: str) -> bool:
         records = self.step.library.blocks.get(name)
-        return records is not None and all(known.can_rerun for known in records.classes.values())
+        if records is None or records.fixed is not None:
+            return False
+        return all(known.can_rerun for known in records.classes.values())
 
     def _is_chained(self, name: str) -> bool:
-        facts = self.kept.blocks[name]
+        facts = self.recorded.blocks[name]
         return facts.num_calls == facts.num_chained == self.step.accumulation
 
     def _between(self) -> dict[str, Policy]:
@@ -185,7 +198,7 @@ class Candidates:
     def described(self, blocks: Blocks) -> Blocks:
         """The placements with what they hold and recompute filled in."""
         profile = self.profile(blocks)
-        held = held_bytes(self.kept, self.profile(self.recompute_all()))
+        held = held_bytes(self.recorded, self.profile(self.recompute_all()))
         return tuple(
             BlockPlan(
                 name=block.name,

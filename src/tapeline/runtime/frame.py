@@ -78,9 +78,8 @@ class Phase:
                 f"The forward of block {self.block!r} did not end, or it ran backward inside itself, which it did not do when "
                 "it was recorded: what was dropped cannot be made. Keep this block."
             )
-        for tensor, version in zip(self._origins(), self.versions, strict=True):
-            if tensor._version != version:
-                raise RuntimeError(_changed(tensor, version, f"to recompute block {self.block!r}"))
+        if [tensor._version for tensor in self._origins()] != self.versions:
+            self._raise_changed()
         if self.numerics != numerics():
             raise RuntimeError(
                 "A setting that decides how kernels compute was changed between forward and backward of block "
@@ -89,6 +88,14 @@ class Phase:
             )
         sources = [source.tensor() if isinstance(source, RebuiltInput) else source for source in self.sources]
         return replay(self.block, self.program, sources, self.roots, self.ambient)
+
+    def _raise_changed(self) -> None:
+        used = [self.sources[number] for _, number in self.program.sources]
+        named = zip([*used, *self.roots], self.program.origins, strict=True)
+        tensors = [(tensor, name) for tensor, name in named if isinstance(tensor, torch.Tensor)]
+        for (tensor, name), version in zip(tensors, self.versions, strict=True):
+            if tensor._version != version:
+                raise RuntimeError(_changed(tensor, version, f"to recompute block {self.block!r}", name))
 
     def _origins(self) -> list[torch.Tensor]:
         used = (self.sources[number] for _, number in self.program.sources)
@@ -166,7 +173,9 @@ class Frame:
         self.cursor = cursor + 1
         if self.drift:
             return keep(tensor, self.foreign)
-        _, _, _, _, _, phase, slot, root = self.actions[cursor]
+        _, _, _, _, _, phase, slot, root, narrow = self.actions[cursor]
+        if narrow is not None:
+            self.roots[root] = tensor.to(narrow)
         if self.rebuilt is not None and cursor in self.recipe.input_packs:
             return InputPlace(self.rebuilt, self.recipe.input_packs[cursor]), 0
         if phase != KEEP:
@@ -280,10 +289,10 @@ def unpack(packed: Any) -> torch.Tensor:
     return tensor
 
 
-def _changed(tensor: torch.Tensor, version: int, why: str) -> str:
+def _changed(tensor: torch.Tensor, version: int, why: str, name: str = "") -> str:
     return (
         f"One of the variables needed {why} has been modified by an inplace operation: "
-        f"{tensor.dtype} of shape {list(tensor.shape)} is at version {tensor._version}; expected version {version} instead. "
+        f"{name + ', ' if name else ''}{tensor.dtype} of shape {list(tensor.shape)} is at version {tensor._version}; expected version {version} instead. "
         "Run backward before the optimizer step or the change."
     )
 

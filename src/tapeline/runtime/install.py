@@ -97,7 +97,7 @@ def install_blocks(
     ]
     if not managed:
         return {}
-    switch_off_cache(patches, model)
+    library.cache_switch = CacheSwitch(patches, model)
     chain = Chain()
     seams = {}
     for block in managed:
@@ -137,14 +137,18 @@ def switch_off_checkpointing(patches: Patches, model: nn.Module) -> list[nn.Modu
     return switches
 
 
-def switch_off_cache(patches: Patches, model: nn.Module) -> None:
-    """Pass ``use_cache=False`` to every part that would make a cache by its configuration; the configuration stays."""
-    for module in model.modules():
-        if hasattr(module, "config") and "use_cache" in inspect.signature(type(module).forward).parameters:
-            patches.hook(module, _without_cache)
+class CacheSwitch:
+    """Passes ``use_cache=False`` to every part that would make a cache by its configuration; the configuration stays."""
 
+    def __init__(self, patches: Patches, model: nn.Module) -> None:
+        self.was_on = False
+        """Whether any part would have made one."""
+        for module in model.modules():
+            if hasattr(module, "config") and "use_cache" in inspect.signature(type(module).forward).parameters:
+                patches.hook(module, self)
 
-def _without_cache(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    if not (module.training and torch.is_grad_enabled()) or kwargs.get("use_cache") is not None:
-        return None
-    return args, kwargs | {"use_cache": False}
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if not (module.training and torch.is_grad_enabled()) or kwargs.get("use_cache") is not None:
+            return None
+        self.was_on = self.was_on or bool(getattr(module.config, "use_cache", False))
+        return args, kwargs | {"use_cache": False}

@@ -13,7 +13,7 @@ from tapeline.errors import UsageError
 from tapeline.planner.block import choose
 from tapeline.planner.policy import Policy
 from tapeline.runtime.fingerprint import Fingerprint
-from tapeline.tape.graph import Tape
+from tapeline.tape.graph import Op, Tape
 from tapeline.tape.options import Limits, block_graph
 from tapeline.tape.program import NotReplayable, Program, Recipe, compile_program, compile_recipe
 from tapeline.tape.rules import Rules
@@ -36,6 +36,10 @@ class BlockRecords:
 
     fingerprint: Fingerprint
     classes: dict[Any, CallClass] = field(default_factory=dict)
+    num_changes: int = 0
+    """Recorded calls that changed what the fingerprint reads."""
+    fixed: CallClass | None = None
+    """Holds for every call: the block is never the same twice."""
 
 
 class Library:
@@ -56,7 +60,13 @@ class Library:
         """Classes of calls without a tape, by class of module: what one block has found out holds for its like."""
         self.blocks: dict[str, BlockRecords] = {}
         """What is known of each block, by name."""
+        self.expected: dict[Any, Recipe] = {}
+        """The verified recipe that a class of calls, by class of module and policy, had last: its like will have it too."""
         self.verified: set[tuple[str, Policy]] = set()
+        self.cache_switch: Any = None
+        """What keeps the model from filling caches while blocks are managed."""
+        self.verified_outputs: set[str] = set()
+        """Tapes whose outputs were found to be made again exactly."""
         self.lock = threading.RLock()
         self._limits: dict[str, Limits] = {}
         self._recipes: dict[tuple[str, Policy], Recipe] = {}
@@ -87,9 +97,20 @@ class Library:
         with self.lock:
             limits = self._limits_of(tape)
             self._limits[tape.digest] = replace(limits, held=limits.held | values, dropped=limits.dropped - values)
-            self.failures.setdefault(tape.digest, []).append(reason)
-            for key in [key for key in self._recipes if key[0] == tape.digest]:
-                del self._recipes[key]
+            self._forget(tape, reason)
+
+    def never_replay(self, tape: Tape, op: Op | None, reason: str) -> None:
+        """Never replay this op again: it raised. Without an op, replay nothing of the tape."""
+        with self.lock:
+            limits = self._limits_of(tape)
+            ops = {op.index} if op is not None else {op.index for op in tape.ops}
+            self._limits[tape.digest] = replace(limits, unreplayable=limits.unreplayable | ops)
+            self._forget(tape, reason)
+
+    def _forget(self, tape: Tape, reason: str) -> None:
+        self.failures.setdefault(tape.digest, []).append(reason)
+        for key in [key for key in self._recipes if key[0] == tape.digest]:
+            del self._recipes[key]
 
     def output_program(self, recipe: Recipe) -> Program | None:
         """The calls that make the outputs of a tape from sources alone, which are those of `recipe`; ``None`` if none do."""
@@ -106,6 +127,12 @@ class Library:
                 program = None
             self._outputs[tape.digest] = program
         return self._outputs[tape.digest]
+
+    def drop_output_program(self, tape: Tape, reason: str) -> None:
+        """The outputs of this tape cannot be made again."""
+        with self.lock:
+            self._outputs[tape.digest] = None
+            self.failures.setdefault(tape.digest, []).append(reason)
 
     def all_sources(self, tape: Tape) -> list[Any]:
         """The sources that any op of a tape reads."""

@@ -177,11 +177,20 @@ def _cheapest(candidates: Candidates, limit: int) -> Blocks:
 
 
 def _smallest(candidates: Candidates) -> Blocks:
-    """The placements with the smallest peak."""
+    """The placements with the smallest peak.
+
+    Steps under all of them are run; the first step, which costs another run, only where it could still matter.
+    """
     tried = [candidates.keep_all(), candidates.recompute_all(), candidates.uniform(LEAST)]
-    tried += [*candidates.all_segments(), *candidates.all_segments(LEAST)]
-    tried.append(candidates.from_options(smallest(candidates.chain())))
-    return min(tried, key=candidates.peak)
+    tried += candidates.all_segments(LEAST)
+    if candidates.has_chain:
+        tried.append(candidates.from_options(smallest(candidates.chain())))
+    tried.sort(key=lambda blocks: candidates.profile(blocks).peak_bytes)
+    best = tried[0]
+    for blocks in tried[1:]:
+        if candidates.profile(blocks).peak_bytes < candidates.peak(best) > candidates.peak(blocks):
+            best = blocks
+    return best
 
 
 def _infeasible(candidates: Candidates, limit: int, detail: str = "") -> InfeasibleBudgetError:

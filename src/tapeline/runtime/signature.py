@@ -30,6 +30,11 @@ def arguments_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[
     return tuple(key), tensors
 
 
+def has_objects(key: tuple[Any, ...]) -> bool:
+    """Whether the arguments had objects, such as a cache, that a call may have changed."""
+    return any(isinstance(part, type) for part in key)
+
+
 def surroundings() -> tuple[Any, ...]:
     """Settings that decide which kernels the forward calls."""
     accelerator = _accelerator()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tapeline.runtime.ambient import Ambient
 from tapeline.runtime.frame import Frame
+from tapeline.runtime.replaying import replay
 from tapeline.tape.graph import ARGUMENT, Tape
-from tapeline.tape.program import Recipe
+from tapeline.tape.program import KEEP, Recipe
+from tapeline.tape.replay import ReplayFailedError
+from tapeline.tape.sources import has_storage, tensor_leaves
 from tapeline.tape.verify import same_bits
 
 if TYPE_CHECKING:
@@ -45,6 +48,8 @@ def verify(
         if (tape.digest, seam.policy) in library.verified and not always:
             return recipe
         wrong = _wrong_values(seam, recipe, saved, tensors, ambient)
+        if wrong == [KEEP]:
+            continue
         if not wrong:
             library.verified.add((tape.digest, seam.policy))
             return recipe
@@ -53,18 +58,41 @@ def verify(
     return library.recipe(tape, seam.policy)
 
 
+def verify_outputs(seam: BlockSeam, recipe: Recipe, out: Any, tensors: list[torch.Tensor], ambient: Ambient) -> None:
+    """Check that the outputs of a call can be made again from its sources; where not, the next block keeps its input."""
+    library = seam.library
+    program = library.output_program(recipe)
+    if program is None or recipe.tape.digest in library.verified_outputs:
+        return
+    sources = seam.find(seam.getters(library.all_sources(recipe.tape)), tensors)
+    try:
+        results = replay(seam.name, program, [s for s in sources if isinstance(s, torch.Tensor)], (), ambient)
+    except ReplayFailedError as error:
+        library.drop_output_program(recipe.tape, f"block {seam.name!r}: {error} ({error.__cause__})")
+        return
+    leaves = [tensor.detach() for tensor in tensor_leaves(out) if has_storage(tensor)]
+    if all(same_bits(one, other) for one, other in zip(results, leaves, strict=True)):
+        library.verified_outputs.add(recipe.tape.digest)
+    else:
+        library.drop_output_program(recipe.tape, f"block {seam.name!r}: replaying its outputs gave something else")
+
+
 def _wrong_values(
     seam: BlockSeam, recipe: Recipe, saved: list[torch.Tensor], tensors: list[torch.Tensor], ambient: Ambient
 ) -> list[int]:
-    getters = seam.getters(recipe.sources)
-    sources = [tensors[place].detach() if isinstance(place, int) else place() for place in getters]
+    sources = seam.find(seam.getters(recipe.sources), tensors)
     frame = Frame(seam.name, recipe, sources, ambient)
     for tensor in saved:
         frame.place(tensor)
     frame.complete()
     wrong = []
     for number, phase in enumerate(frame.phases):
-        results = phase.replay()
+        try:
+            results = phase.replay()
+        except ReplayFailedError as error:
+            library = seam.library
+            library.never_replay(recipe.tape, error.call.op, f"block {seam.name!r}: {error} ({error.__cause__})")
+            return [KEEP]
         for action, tensor, pack in zip(recipe.packs, saved, recipe.tape.packs, strict=True):
             if action.phase == number and not same_bits(results[action.slot], tensor):
                 wrong.append(pack.value)

@@ -60,7 +60,8 @@ class Source:
     def __str__(self) -> str:
         if self.kind == ARGUMENT:
             return f"argument {self.place}"
-        return f"{self.kind} {self.module}.{self.name}".replace(" .", " ") if self.name else self.kind
+        path = f"{self.module}.{self.name}".strip(".")
+        return f"{self.kind} {path!r}" if path else self.kind
 
 
 @dataclass(slots=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
+
+import torch
 
 from tapeline.cost.device import Rates
 from tapeline.cost.price import MEMORY, op_seconds
 from tapeline.planner.block import BlockGraph, BlockStep, BlockValue
-from tapeline.tape.graph import ARGUMENT, UNKNOWN, Op, Tape, Value
+from tapeline.tape.graph import ARGUMENT, UNKNOWN, Op, Tape, Use, Value
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,8 @@ def block_graph(tape: Tape, rates: Rates, limits: Limits | None = None) -> Block
     """
     limits = limits or Limits()
     saved = {pack.value for pack in tape.packs}
-    values = [_value(tape, value, saved, limits) for value in tape.values]
+    narrow = narrowings(tape)
+    values = [_value(tape, value, saved, limits, narrow) for value in tape.values]
     random_state = len(values)
     values.append(BlockValue(num_bytes=0, producer=None, is_free=True))
     stale = {v.index for v in tape.values if not v.is_last and v.index in saved and v.producer is not None}
@@ -62,6 +66,33 @@ def block_graph(tape: Tape, rates: Rates, limits: Limits | None = None) -> Block
     return BlockGraph(values=tuple(values), steps=tuple(steps), packs=packs)
 
 
+def narrowings(tape: Tape) -> dict[int, int]:
+    """Values that autograd saves only in a wider dtype, and the number of the saved tensor that each can be had from.
+
+    A norm in a bf16 block casts its input to fp32 and saves that. Casting back gives the input, exactly, at half the bytes.
+    """
+    saved = {pack.value for pack in tape.packs}
+    found: dict[int, int] = {}
+    for number, pack in enumerate(tape.packs):
+        wide = tape.values[pack.value]
+        if wide.producer is None or pack.geometry != wide.base or not (wide.is_last and wide.previous is None):
+            continue
+        op = tape.ops[wide.producer]
+        if op.is_function or op.func is not torch.ops.aten._to_copy.default or not isinstance(op.args[0], Use):
+            continue
+        narrow = tape.values[op.args[0].value]
+        is_same = op.args[0].geometry is None and narrow.base.stride == wide.base.stride
+        if is_same and _widens(narrow, wide) and narrow.producer is not None and narrow.index not in saved:
+            found.setdefault(narrow.index, number)
+    return found
+
+
+def _widens(narrow: Value, wide: Value) -> bool:
+    is_exact = narrow.base.dtype in (torch.bfloat16, torch.float16) and wide.base.dtype == torch.float32
+    is_whole = narrow.num_bytes == math.prod(narrow.base.shape) * narrow.base.dtype.itemsize
+    return is_exact and is_whole and narrow.is_last and not narrow.is_output and not narrow.base.offset
+
+
 def can_replay(tape: Tape, op: Op, limits: Limits) -> bool:
     """Whether an op may be run again."""
     return not (op.obstacle or tape.obstacle or op.index in limits.unreplayable)
@@ -80,10 +111,10 @@ def is_input(value: Value) -> bool:
     return source is not None and source.kind == ARGUMENT and (source.place == 0 or value.requires_grad)
 
 
-def _value(tape: Tape, value: Value, saved: Collection[int], limits: Limits) -> BlockValue:
+def _value(tape: Tape, value: Value, saved: Collection[int], limits: Limits, narrow: Collection[int]) -> BlockValue:
     is_saved = value.index in saved
     made_here = value.producer is not None
-    can_hold = (is_saved and made_here) or (is_input(value) and value.is_last)
+    can_hold = (is_saved and made_here) or (is_input(value) and value.is_last) or value.index in narrow
     return BlockValue(
         num_bytes=0 if value.is_output else value.num_bytes,
         producer=value.producer,

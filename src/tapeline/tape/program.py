@@ -10,6 +10,7 @@ import torch
 
 from tapeline.planner.block import BlockChoice, BlockGraph, steps_for
 from tapeline.tape.graph import ARGUMENT, Geometry, Op, Source, Tape, Use, uses
+from tapeline.tape.options import narrowings
 
 _as_strided = torch.ops.aten.as_strided.default
 _clone = torch.ops.aten.clone.default
@@ -65,9 +66,15 @@ class Program:
     results: tuple[tuple[int, Geometry | None], ...]
     """For each slot: register, and how the saved tensor looks at it."""
     is_random: bool
-    num_ops: int
-    values: tuple[int, ...] = ()
-    """For each slot: its value on the tape."""
+    steps: tuple[int, ...]
+    """The ops that it replays, by index on the tape."""
+    origins: tuple[str, ...] = ()
+    """Names of what it starts from: its sources, then its roots."""
+
+    @property
+    def num_ops(self) -> int:
+        """Recorded ops that are replayed; looking at a storage in another geometry is not counted."""
+        return len(self.steps)
 
 
 class PackAction(NamedTuple):
@@ -84,6 +91,8 @@ class PackAction(NamedTuple):
     """Which result of the phase."""
     root: int = KEEP
     """The held value, if a phase starts from it."""
+    narrow: torch.dtype | None = None
+    """Hold it in this dtype, in which it was before: the cast is replayed."""
 
 
 @dataclass(slots=True)
@@ -151,6 +160,9 @@ def _mark_roots(tape: Tape, actions: list[PackAction], roots: set[int]) -> None:
             if pack.value in roots and actions[index].phase == KEEP and is_base >= wants_base:
                 actions[index] = actions[index]._replace(root=pack.value)
                 roots.discard(pack.value)
+    for value, index in narrowings(tape).items():
+        if value in roots:
+            actions[index] = actions[index]._replace(root=value, narrow=tape.values[value].base.dtype)
 
 
 def _is_replayed(graph: BlockGraph, choice: BlockChoice, value: int) -> bool:
@@ -218,9 +230,14 @@ class _Compiler:
             roots=tuple(self.roots),
             results=tuple(results),
             is_random=any(op.is_random for op in self.ops),
-            num_ops=len(self.ops),
-            values=tuple(value for value, _ in self.targets),
+            steps=tuple(op.index for op in self.ops),
+            origins=self._origins(),
         )
+
+    def _origins(self) -> tuple[str, ...]:
+        names = {number: source for source, number in self.all_sources.items()}
+        sources = [str(names[number]) for _, number in self.sources]
+        return (*sources, *(f"what was kept of it ({self.tape.values[value].base})" for _, value in self.roots))
 
     def _add(self, op: Op) -> None:
         replaced = {}

@@ -59,6 +59,8 @@ class Recorder(TorchDispatchMode):
     def __init__(self, module: nn.Module, arguments: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tape = Tape()
+        self.is_paused = False
+        """True while the runtime itself computes something."""
         self.table = ValueTable(self.tape)
         self._region: _Region | None = None
         self._watch = CallWatch(
@@ -126,6 +128,8 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.is_paused:
+            return func(*args, **kwargs)
         if self._region is not None:
             out = func(*args, **kwargs)
             _see_inside(self._region, func, args, kwargs, out)

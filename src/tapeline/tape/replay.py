@@ -14,6 +14,14 @@ from tapeline.tape.graph import Op
 from tapeline.tape.program import Call, Program, Register
 
 
+class ReplayFailedError(RuntimeError):
+    """An op raised when it was replayed; carries its call."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(f"replaying {call.func} failed: {call.op!r}")
+        self.call = call
+
+
 def run_program(program: Program, sources: Sequence[torch.Tensor], roots: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Replay one phase; returns the tensor of each slot.
 
@@ -28,7 +36,10 @@ def run_program(program: Program, sources: Sequence[torch.Tensor], roots: Sequen
     for (register, _), tensor in zip(program.roots, roots, strict=True):
         registers[register] = tensor
     for call in program.calls:
-        run_call(call, registers)
+        try:
+            run_call(call, registers)
+        except Exception as error:
+            raise ReplayFailedError(call) from error
     results = []
     for register, geometry in program.results:
         tensor = registers[register]
