@@ -21,6 +21,8 @@ def fit(
     budget: str | int | float | Budget | None = None,
     *,
     measure: bool = True,
+    audit_every: int = 100,
+    strict: bool = False,
     **options: Any,
 ) -> Session:
     """Plan for `batch` under `budget` and put the plan in force at once.
@@ -30,6 +32,8 @@ def fit(
         batch: one micro-batch of the largest shape.
         budget: as in `plan`.
         measure: as in `Session`.
+        audit_every: as in `Session`.
+        strict: as in `Session`.
         **options: the other arguments of `plan`.
 
     Returns:
@@ -46,4 +50,5 @@ def fit(
     """
     optimizer = options.get("optimizer")
     known = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
-    return apply(model, plan(model, batch, budget, **options), measure=measure, optimizer=known)
+    made = plan(model, batch, budget, **options)
+    return apply(model, made, measure=measure, optimizer=known, audit_every=audit_every, strict=strict)

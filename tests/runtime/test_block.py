@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from torch import nn
 
 import tapeline
+from tapeline.runtime.frame import Phase
+from tapeline.tape import replay
 from tests.models import TinyModel, assert_equal
 
 
@@ -140,3 +143,58 @@ def test_an_input_changed_in_place_is_no_obstacle(mode: str) -> None:
     plan = tapeline.plan(tiny.model, tiny.batch, mode=mode, blocks=names, loss_fn=tiny.loss_fn)
     with tapeline.apply(tiny.model, plan, measure=False):
         assert_equal(tiny.step(), expected)
+
+
+def test_every_phase_is_replayed_before_anything_is_dropped(monkeypatch: pytest.MonkeyPatch, llama: TinyModel) -> None:
+    plan = tapeline.plan(llama.model, llama.batch, mode="least")
+    with tapeline.apply(llama.model, plan, measure=False) as session:
+        llama.loss_fn(llama.model, llama.batch)
+        library = session._library
+        assert library.verified
+        programs = {len(recipe.programs) for recipe in library._recipes.values()}
+        assert min(programs) > 1
+    replays: list[int] = []
+    original = Phase.replay
+    monkeypatch.setattr(Phase, "replay", lambda self: replays.append(1) or original(self))
+    with tapeline.apply(llama.model, plan, measure=False) as session:
+        llama.loss_fn(llama.model, llama.batch)
+        assert len(replays) == sum(len(recipe.programs) for recipe in session._library._recipes.values())
+
+
+def test_what_replays_differently_is_kept_and_reported(llama: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that gives other bits the second time stands for all that a tape cannot know."""
+    expected = llama.step()
+    plan = tapeline.plan(llama.model, llama.batch, mode="recompute")
+    original = replay.run_call
+
+    def wrong(call: Any, registers: list[Any]) -> None:
+        original(call, registers)
+        if call.op is not None and call.op.name.startswith("silu"):
+            registers[call.results[0][1]] = registers[call.results[0][1]] * 1.5
+
+    monkeypatch.setattr(replay, "run_call", wrong)
+    with tapeline.apply(llama.model, plan, measure=False) as session:
+        for _ in range(2):
+            assert_equal(llama.step(), expected)
+        assert "silu" in session.report().kept_instead[0]
+
+
+@pytest.mark.parametrize("mode", ["cheap", "recompute", "least"])
+def test_a_graph_that_is_never_run_backward_leaves_nothing(llama: TinyModel, mode: str) -> None:
+    with tapeline.fit(llama.model, llama.batch, mode=mode, measure=False):
+        llama.step()
+        llama.model.zero_grad()
+        gc.collect()
+        gc.disable()
+        try:
+            ledger = tapeline.Ledger()
+            with ledger:
+                ledger.track(llama.model.parameters(), "weights")
+                ledger.begin_window()
+                before = ledger.live_bytes()
+                for _ in range(3):
+                    llama.loss_fn(llama.model, llama.batch)
+                ledger.track([torch.zeros(1)], "other")
+                assert ledger.live_bytes() - before < 10_000
+        finally:
+            gc.enable()

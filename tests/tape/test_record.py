@@ -259,10 +259,24 @@ def test_equal_layers_have_equal_digests() -> None:
         (lambda part, x: x * torch.tensor(1.5), lambda part, x: x * torch.tensor(1.500001)),
         (lambda part, x: x * part.mean, lambda part, x: x * part.table),
         (lambda part, x: x[:2].sin(), lambda part, x: x[1:].sin()),
+        (lambda part, x: x[:2] + 1, lambda part, x: x[1:] + 1),
+        (lambda part, x: x[:, :3] + 1, lambda part, x: x[:, :3].t() + 1),
         (lambda part, x: x * torch.tensor([1, 2, 3, 4]), lambda part, x: x * torch.tensor([1, 2, 4, 3])),
         (lambda part, x: x.exp() + x.exp(), lambda part, x: (y := x.exp()) + y),
     ],
-    ids=["number", "op", "text", "dropout", "constant", "source", "offset", "integers", "shared"],
+    ids=[
+        "number",
+        "op",
+        "text",
+        "dropout",
+        "constant",
+        "source",
+        "saved offset",
+        "offset",
+        "strides",
+        "integers",
+        "shared",
+    ],
 )
 def test_what_computes_something_else_has_another_digest(one: Any, other: Any) -> None:
     assert record(one).digest != record(other).digest

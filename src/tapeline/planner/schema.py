@@ -8,7 +8,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal
 
 from tapeline.errors import UsageError, did_you_mean
-from tapeline.planner.policy import Policy, Saved
+from tapeline.planner.policy import KEEP, Policy, Saved
 from tapeline.table import text_table
 from tapeline.units import format_bytes, format_flops
 
@@ -174,8 +174,9 @@ def parse_mode(mode: str | bool) -> tuple[str, int | None]:
 
 def _block(data: dict[str, Any]) -> BlockPlan:
     known = _known(BlockPlan, data)
-    policy = _known(Policy, known["policy"])
-    known["policy"] = Policy(**{name: math.inf if value == "inf" else value for name, value in policy.items()})
+    policy = asdict(KEEP) | _known(Policy, known["policy"])
+    numbers = {name: math.inf if policy[name] == "inf" else float(policy[name]) for name in ("price", "rerun")}
+    known["policy"] = Policy(is_cheap=bool(policy["is_cheap"]), **numbers)
     return BlockPlan(**known)
 
 

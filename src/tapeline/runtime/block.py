@@ -20,6 +20,7 @@ from tapeline.runtime.invocation import Invocation
 from tapeline.runtime.library import CallClass, Library
 from tapeline.runtime.rerun import Rerun
 from tapeline.runtime.signature import arguments_key, has_objects, surroundings
+from tapeline.runtime.strict import StrictRecorder, check_every_op
 from tapeline.runtime.verifier import verify, verify_outputs
 from tapeline.tape.graph import ARGUMENT, Source, Tape, first_difference
 from tapeline.tape.program import Recipe
@@ -85,6 +86,8 @@ class BlockSeam:
         """Why calls were not replayed from a tape, each reason once."""
         self.is_due_for_audit = False
         """Verify the next call again."""
+        self.is_strict = False
+        """Keep everything, replay every op of every call, and raise where one differs."""
         self._prepared: dict[Any, Prepared] = {}
         self._unexpected: set[Any] = set()
         """Classes of calls that were not as those of another block of its like, and are yet to be verified."""
@@ -103,6 +106,8 @@ class BlockSeam:
             self.reasons.setdefault("somebody else checkpoints or forbids saved-tensor hooks around it")
             return forward(*args, **kwargs)
         self.num_calls += 1
+        if self.is_strict:
+            return self._run_strictly(Invocation(forward, args, kwargs), tensors)
         key = (token, surroundings(), key)
         invocation = Invocation(forward, args, kwargs)
         source = self._rebuilt(tensors)
@@ -229,6 +234,18 @@ class BlockSeam:
         if known.tape is not None and (known.tape.digest, self.policy) not in self.library.verified:
             del self.records.classes[key]
             self._unexpected.add(key)
+        return out
+
+    def _run_strictly(self, invocation: Invocation, tensors: list[torch.Tensor]) -> Any:
+        ambient = Ambient(tensors)
+        recorder = StrictRecorder(self.module, (invocation.args, invocation.kwargs))
+        with saved_tensors_hooks(recorder.keep, unpack), recorder:
+            out = invocation.run()
+        tape = recorder.finish(out)
+        self._note_reason(tape.obstacle)
+        if not tape.obstacle:
+            check_every_op(self.name, self.module, recorder, tensors, ambient)
+        recorder.copies.clear()  # autograd keeps the pack hook, and so the recorder
         return out
 
     def _classify(self, key: Any, tape: Tape) -> CallClass:

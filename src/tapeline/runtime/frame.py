@@ -208,7 +208,7 @@ class Frame:
             for _, value in phase.program.roots:
                 base, tensor = values[value].base, self.roots[value]
                 is_base = tensor.shape == base.shape and tensor.stride() == base.stride
-                roots.append(tensor if is_base else base.apply(tensor))
+                roots.append((tensor if is_base else base.apply(tensor)).detach())
             phase.complete(self.sources, roots)
         self._let_go()
         return True
@@ -263,9 +263,12 @@ class _Kept:
 
 
 def keep(tensor: torch.Tensor, foreign: Hooks | None = None) -> Any:
-    """Pack a tensor that stays as it is."""
+    """Pack a tensor that stays as it is.
+
+    Without its graph: an output that its own node saves would keep itself alive. The version is shared with the original.
+    """
     if foreign is None:
-        return tensor, tensor._version
+        return (tensor if tensor.grad_fn is None else tensor.detach()), tensor._version
     return _Kept(foreign[0](tensor), foreign[1])
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from tapeline.cost.device import nominal_rates
 from tapeline.errors import UsageError, did_you_mean
 from tapeline.planner.schema import Plan
+from tapeline.runtime.audit import Audit
 from tapeline.runtime.install import Patches, install_blocks, managed_module
 from tapeline.runtime.library import Library
 from tapeline.runtime.measure import PeakMeter, make_meter
@@ -45,7 +46,15 @@ class Report:
     measured_reserved_bytes: int | None
     """On CUDA, the most that torch's allocator reserved; ``None`` elsewhere."""
     recomputed_calls: int
-    """Block calls that ran under recomputation."""
+    """Block calls of which something was dropped and replayed."""
+    recorded_calls: int
+    """Block calls that were recorded: one for each block and each new shape or state."""
+    rerun_calls: int
+    """Block calls that fell back to running the whole block again."""
+    audited_calls: int
+    """Block calls that were recorded and verified again."""
+    kept_instead: tuple[str, ...]
+    """What was found to replay differently, and is kept."""
     notes: tuple[str, ...]
     """Settings that did not take effect, and why."""
 
@@ -78,9 +87,13 @@ class Report:
             rows.append(("measured against predicted", format_deviation(self.deviation)))
         if self.measured_reserved_bytes is not None:
             rows.append(("reserved by the allocator", format_bytes(self.measured_reserved_bytes)))
-        rows.append(("block calls recomputed", str(self.recomputed_calls)))
+        rows.append(("block calls replayed", str(self.recomputed_calls)))
+        rows.append(("recorded", str(self.recorded_calls)))
+        rows.append(("run again as a whole", str(self.rerun_calls)))
+        rows.append(("audited", str(self.audited_calls)))
         table = text_table((f"session {self.mode!r} on {self.device}", "bytes"), rows)
-        return "\n".join([table, *(f"note: {note}" for note in self.notes)])
+        kept = [f"kept instead: {what}" for what in self.kept_instead]
+        return "\n".join([table, *kept, *(f"note: {note}" for note in self.notes)])
 
 
 class Session:
@@ -94,14 +107,27 @@ class Session:
         plan: the plan.
         measure: measure the peak of the ``with`` body.
         optimizer: whose existing state the ``with`` body counts from its start.
+        audit_every: record and verify one block again every so many forwards of the model; 0: never. What differs is
+            kept from then on, and reported.
+        strict: keep everything, replay every op of every call and compare: slow and large, for finding an op that
+            does not replay exactly.
 
     Raises:
         UsageError: if the plan names blocks that the model does not have, or a session is in force already.
     """
 
     def __init__(
-        self, model: nn.Module, plan: Plan, *, measure: bool = True, optimizer: torch.optim.Optimizer | None = None
+        self,
+        model: nn.Module,
+        plan: Plan,
+        *,
+        measure: bool = True,
+        optimizer: torch.optim.Optimizer | None = None,
+        audit_every: int = 100,
+        strict: bool = False,
     ) -> None:
+        if audit_every < 0:
+            raise UsageError(f"audit_every must be 0 (never) or a number of forwards, got {audit_every}.")
         if (name := managed_module(model)) is not None:
             raise UsageError(f"A session is already in force on this model (block {name!r}): call its remove() first.")
         _check_blocks(model, plan)
@@ -112,9 +138,13 @@ class Session:
         try:
             self._library = Library(nominal_rates(model_device(model)), Rules(plan.keep, plan.drop))
             self._seams = install_blocks(self._patches, model, plan.blocks, self._library)
+            self._audit = Audit(list(self._seams.values()), audit_every)
+            self._patches.hook(model, self._audit)
         except BaseException:
             self._patches.undo()
             raise
+        for seam in self._seams.values():
+            seam.is_strict = strict
         self._stack = ExitStack()
         self._measures_body = measure
         self._is_measuring = False
@@ -178,6 +208,10 @@ class Session:
             measured_peak_bytes=self._meter.peak_bytes,
             measured_reserved_bytes=self._meter.reserved_bytes,
             recomputed_calls=sum(seam.num_calls for seam in self._seams.values()),
+            recorded_calls=sum(seam.num_recorded for seam in self._seams.values()),
+            rerun_calls=sum(seam.num_reruns for seam in self._seams.values()),
+            audited_calls=self._audit.num_audits,
+            kept_instead=tuple(dict.fromkeys(what for found in self._library.failures.values() for what in found)),
             notes=(*self._notes, *self._ineffective()),
         )
 
@@ -192,6 +226,7 @@ class Session:
             notes.append(
                 f"someone else has set {', '.join(sorted(set(replaced)))} since: those blocks do not follow the plan"
             )
+        notes += [f"block {name!r}: {reason}" for name, seam in self._seams.items() for reason in seam.reasons]
         total = sum(seam.num_calls for seam in self._seams.values())
         idle = [name for name, seam in self._seams.items() if seam.num_calls == 0]
         if idle and total:
@@ -202,7 +237,13 @@ class Session:
 
 
 def apply(
-    model: nn.Module, plan: Plan, *, measure: bool = True, optimizer: torch.optim.Optimizer | None = None
+    model: nn.Module,
+    plan: Plan,
+    *,
+    measure: bool = True,
+    optimizer: torch.optim.Optimizer | None = None,
+    audit_every: int = 100,
+    strict: bool = False,
 ) -> Session:
     """Put a plan in force on `model`; see `Session`.
 
@@ -216,7 +257,7 @@ def apply(
         >>> abs(session.report().deviation) < 0.02
         True
     """
-    return Session(model, plan, measure=measure, optimizer=optimizer)
+    return Session(model, plan, measure=measure, optimizer=optimizer, audit_every=audit_every, strict=strict)
 
 
 def _check_blocks(model: nn.Module, plan: Plan) -> None:

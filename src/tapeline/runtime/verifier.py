@@ -84,9 +84,10 @@ def _wrong_values(
     frame = Frame(seam.name, recipe, sources, ambient)
     for tensor in saved:
         frame.place(tensor)
+    phases = list(frame.phases)
     frame.complete()
     wrong = []
-    for number, phase in enumerate(frame.phases):
+    for number, phase in enumerate(phases):
         try:
             results = phase.replay()
         except ReplayFailedError as error:

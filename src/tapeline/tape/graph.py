@@ -34,7 +34,7 @@ class Geometry:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Geometry:
-        return cls(tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset(), tensor.dtype)
+        return cls(tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()), tensor.dtype)
 
     def apply(self, tensor: torch.Tensor) -> torch.Tensor:
         """Look at the storage of `tensor`, which has the same dtype, in this way."""

@@ -118,6 +118,9 @@ class Recorder(TorchDispatchMode):
             self.tape.outputs.append((value.index, Geometry.of(tensor)))
         return self.tape.seal()
 
+    def made(self, value: Value, tensor: torch.Tensor) -> None:
+        """Called for every value that an op outside Functions makes; does nothing here."""
+
     def refuse(self, reason: str) -> None:
         """Nothing on this tape may be replayed; the first reason stays."""
         self.tape.obstacle = self.tape.obstacle or reason
@@ -178,6 +181,8 @@ class Recorder(TorchDispatchMode):
             if self.table.find(tensor) is None  # two outputs may share a storage
         ]
         op.makes = tuple(value.index for value in makes)
+        for value, tensor in zip(makes, (*wrote, *(tensor for _, tensor in fresh)), strict=False):
+            self.made(value, tensor)
         if op.func is aten._to_copy.default:
             self._note_cast(reads[0], makes[0])
 

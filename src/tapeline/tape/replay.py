@@ -118,7 +118,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 @contextmanager
 def isolated(observers: tuple[type, ...]) -> Iterator[None]:
     """No autograd, no autocast, no function mode, and of the dispatch modes only observers that change nothing."""
-    with torch._C.DisableTorchFunction(), torch._C._DisableAutocast(), torch.no_grad():  # type: ignore[no-untyped-call]
+    with torch._C.DisableTorchFunction(), torch._C._DisableAutocast(), torch.no_grad():
         if not torch._C._len_torch_dispatch_stack():
             yield
             return

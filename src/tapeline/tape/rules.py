@@ -73,5 +73,4 @@ def matches(name: str, op: Op) -> bool:
 
 
 def _op_name(op: Op) -> str:
-    name = op.name.split(".")[0].removeprefix("_") if not op.is_function else op.name
-    return name
+    return op.name if op.is_function else op.name.split(".")[0].removeprefix("_")

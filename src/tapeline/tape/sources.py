@@ -73,14 +73,16 @@ def module_sources(module: nn.Module) -> Iterator[tuple[Source, torch.Tensor]]:
 def getter(module: nn.Module, source: Source) -> Getter:
     """A function that finds the tensor that `source` names in `module`, as it is when it is called."""
     part = module.get_submodule(source.module)
-    table: dict[str, Any] = {PARAMETER: part._parameters, BUFFER: part._buffers, ATTRIBUTE: vars(part)}[source.kind]
+    tables: dict[str, dict[str, Any]] = {PARAMETER: part._parameters, BUFFER: part._buffers, ATTRIBUTE: vars(part)}
+    table = tables[source.kind]
     first, *path = source.name.split(".")
 
     def find() -> torch.Tensor:
         value = table[first]
         for name in path:
             value = getattr(value, name)
-        return value
+        tensor: torch.Tensor = value
+        return tensor
 
     return find
 

@@ -14,14 +14,10 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
     Of tensors without data, all but the bits is compared.
     """
-    if one.shape != other.shape or one.dtype != other.dtype or one.device != other.device:
-        return False
-    if one.stride() != other.stride() and one.numel() > 1:
-        return False
-    if isinstance(one, FakeTensor) or isinstance(other, FakeTensor) or one.device.type == "meta":
-        return True
+    if not _same_shape(one, other) or any(isinstance(tensor, FakeTensor) for tensor in (one, other)):
+        return _same_shape(one, other)
     if is_traceable_wrapper_subclass(one):
-        names = one.__tensor_flatten__()[0]  # type: ignore[attr-defined]
+        names = one.__tensor_flatten__()[0]
         return all(same_bits(getattr(one, name), getattr(other, name)) for name in names)
     if one.is_complex():
         return same_bits(torch.view_as_real(one), torch.view_as_real(other))
@@ -29,3 +25,9 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
         integers = _INTEGERS[one.dtype.itemsize]
         return torch.equal(one.view(integers), other.view(integers))
     return torch.equal(one, other)
+
+
+def _same_shape(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype or one.device != other.device:
+        return False
+    return one.stride() == other.stride() or one.numel() <= 1
