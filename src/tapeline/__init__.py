@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tapeline.api import Report, Session, apply, checkpoint, fit, plan
+    from tapeline.api import Report, Session, apply, checkpoint, explain, fit, plan
     from tapeline.errors import (
         InfeasibleBudgetError,
         TapelineError,
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from tapeline.ledger import Ledger
+    from tapeline.planner.explanation import Explanation
     from tapeline.planner.schema import Plan
 
 __version__ = "0.1.0"
@@ -23,8 +24,10 @@ _HOMES = {
     "Session": "tapeline.api",
     "apply": "tapeline.api",
     "checkpoint": "tapeline.api",
+    "explain": "tapeline.api",
     "fit": "tapeline.api",
     "plan": "tapeline.api",
+    "Explanation": "tapeline.planner.explanation",
     "Plan": "tapeline.planner.schema",
     "Ledger": "tapeline.ledger",
     "TapelineError": "tapeline.errors",
@@ -34,6 +37,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Explanation",
     "InfeasibleBudgetError",
     "Ledger",
     "Plan",
@@ -45,6 +49,7 @@ __all__ = [
     "__version__",
     "apply",
     "checkpoint",
+    "explain",
     "fit",
     "plan",
 ]

@@ -7,6 +7,7 @@ import sys
 import typer
 
 from tapeline import __version__
+from tapeline.cli.explain import explain
 from tapeline.cli.train import train
 from tapeline.errors import TapelineError
 
@@ -19,6 +20,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(name="train", no_args_is_help=False)(train)
+app.command(name="explain", no_args_is_help=False)(explain)
 
 
 def _print_version(is_asked: bool) -> None:

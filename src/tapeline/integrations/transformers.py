@@ -44,6 +44,34 @@ def load_model(name: str, *, dtype: str = "auto", load_in_4bit: bool = False) ->
     return model
 
 
+def model_without_weights(directory: str, *, dtype: str = "auto") -> nn.Module:
+    """Build a causal language model from the ``config.json`` of a local directory, for planning only.
+
+    The weights are memory that is never written, so that no page of it is touched.
+
+    Args:
+        directory: where the configuration is.
+        dtype: ``auto`` (as the configuration says), ``float32``, ``bfloat16`` or ``float16``.
+
+    Raises:
+        UsageError: if there is no configuration, or no model can be built from it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not (Path(directory) / "config.json").is_file():
+        raise UsageError(f"No model in {directory!r}: name a local directory with a config.json.")
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(directory)
+            wanted = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=wanted)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(_not_loaded("model", directory, error)) from error
+    model.to_empty(device="cpu")
+    model.tie_weights()  # leaving the meta device has made each use of a shared weight a parameter of its own
+    return model
+
+
 def load_tokenizer(name: str) -> Any:
     """Load a tokenizer from a local directory or by its hub name.
 

@@ -21,9 +21,9 @@ class ValueRow:
     storage: int
     """Number of its storage on the tape."""
     made_by: str
-    """The op that made it, or its source: ``argument 0``, ``parameter 'weight'``."""
+    """The op that made it, by the name that `keep` and `drop` take, or its source: ``argument 0``, ``parameter 'weight'``."""
     module: str
-    """Submodule whose forward ran the op; empty for the block itself and for sources."""
+    """Submodule whose forward ran the op, or that has the source; empty for the block itself."""
     dtype: str
     """Such as ``bfloat16``."""
     shape: tuple[int, ...]
@@ -113,7 +113,8 @@ class TapeExplanation:
             ),
             (
                 "replayed",
-                f"{sum(self.replayed_ops.values())} ops" + (f" ({kinds})" if kinds else "")
+                f"{sum(self.replayed_ops.values())} ops"
+                + (f" ({kinds})" if kinds else "")
                 + f", {format_flops(self.replay_flops)}{share}",
             ),
             ("phases", str(self.num_phases)),

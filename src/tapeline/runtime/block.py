@@ -106,10 +106,13 @@ class BlockSeam:
             self.reasons.setdefault("somebody else checkpoints or forbids saved-tensor hooks around it")
             return forward(*args, **kwargs)
         self.num_calls += 1
-        if self.is_strict:
-            return self._run_strictly(Invocation(forward, args, kwargs), tensors)
-        key = (token, surroundings(), key)
         invocation = Invocation(forward, args, kwargs)
+        if self.is_strict:
+            return self._run_strictly(invocation, tensors)
+        return self._dispatch((token, surroundings(), key), invocation, tensors, foreign)
+
+    def _dispatch(self, key: Any, invocation: Invocation, tensors: list[torch.Tensor], foreign: Hooks | None) -> Any:
+        """Run a call in the way that fits its class."""
         source = self._rebuilt(tensors)
         prepared = self._prepared.get(key) or self._prepare(key)
         if prepared is None or (self.is_due_for_audit and prepared.recipe is not None):
@@ -157,8 +160,9 @@ class BlockSeam:
     ) -> Any:
         """Record the call while it runs; then treat it as any later one. An audit compares with what was known."""
         self.num_recorded += 1
-        expected = self.library.expected.get((type(self.module), key[1:], self.policy))
+        expected = self.library.expected.get((self._kind(), key[1:], self.policy))
         can_rerun = key not in self._unexpected and not has_objects(key[2])
+        can_rerun = can_rerun and expected is not None and not expected.tape.changes_state
         if expected is not None and audited is None and can_rerun:
             return self._record_as_expected(key, invocation, tensors, foreign, expected)
         ambient = Ambient(tensors)
@@ -189,7 +193,7 @@ class BlockSeam:
             self._note_reason(f"an audit found another tape: {first_difference(audited.known.tape, tape)}")
         recipe = verify(self, tape, saved, tensors, ambient, always=audited is not None)
         prepared = self._prepared[key] = Prepared(known, recipe, self.getters(recipe.sources))
-        self.library.expected[type(self.module), key[1:], self.policy] = recipe
+        self.library.expected[self._kind(), key[1:], self.policy] = recipe
         frame = Frame(self.name, recipe, self.find(prepared.getters, tensors), ambient, foreign)
         for place, tensor in zip(places, saved, strict=True):
             place.packed = frame.place(tensor)
@@ -261,7 +265,7 @@ class BlockSeam:
         if tape.obstacle or len(classes) >= _MAX_CLASSES:
             reason = tape.obstacle or f"it was called in {_MAX_CLASSES} different ways"
             known = CallClass(None, reason, can_rerun=not changes)
-            self.library.obstacles[type(self.module), key[1:]] = known
+            self.library.obstacles[self._kind(), key[1:]] = known
             self._prepared[key] = Prepared(known, None, [])
         classes[key] = known
         return known
@@ -269,9 +273,7 @@ class BlockSeam:
     def _prepare(self, key: Any) -> Prepared | None:
         """The recipe for a class that was recorded under another policy, or by another block of its like."""
         known = (
-            self.records.fixed
-            or self.records.classes.get(key)
-            or self.library.obstacles.get((type(self.module), key[1:]))
+            self.records.fixed or self.records.classes.get(key) or self.library.obstacles.get((self._kind(), key[1:]))
         )
         if known is None:
             return None
@@ -311,7 +313,12 @@ class BlockSeam:
         self.num_drifts += 1
         self._note_reason(f"a call differed from the tape: {frame.drift}")
         self.num_reruns += bool(frame.dropped)
-        frame.recover(Rerun(self.guard, invocation, ambient), frame.cursor)
+        if frame.recipe.tape.changes_state or has_objects(key[2]):
+            frame.lose(
+                f"Block {self.name!r} differed from its tape ({frame.drift}) and cannot be run again: it changes state."
+            )
+        else:
+            frame.recover(Rerun(self.guard, invocation, ambient), frame.cursor)
         self.chain.note(None, None)
         self._prepared.pop(key, None)
         self.records.classes.pop(key, None)
@@ -362,6 +369,10 @@ class BlockSeam:
             found = self.getters(self.library.all_sources(recipe.tape))
             output = OutputRecipe(self.name, program, self.find(found, tensors, rebuilt), ambient)
         self.chain.note(out, output)
+
+    def _kind(self) -> Any:
+        """What blocks that are built alike have in common."""
+        return tuple((type(part), part.training) for part in self.module.modules())
 
     def _note_reason(self, reason: str) -> None:
         if reason:

@@ -80,7 +80,7 @@ def explain(
         drop=step.library.rules.drop,
         tapes=_tapes(candidates, name, mode),
         reason=placed.reason,
-        fallback=_fallback(placed) if placed.reason else "",
+        fallback=_fallback(placed) if placed.reason and candidates.recorded.blocks[name].num_calls else "",
     )
 
 

@@ -29,8 +29,8 @@ class Phase:
     """What one phase of one call needs to run: its program, tensors with the versions they had, the random state."""
 
     __slots__ = (
-        *("ambient", "block", "is_complete", "lock", "numerics", "program", "ready", "rerun", "roots", "sources"),
-        *("stream", "versions"),
+        *("ambient", "block", "is_complete", "lock", "lost", "numerics", "program", "ready", "rerun", "roots"),
+        *("sources", "stream", "versions"),
     )
 
     def __init__(self, block: str, program: Program, ambient: Ambient | None) -> None:
@@ -43,6 +43,7 @@ class Phase:
         self.rerun: dict[int, tuple[Rerun, int]] | None = None
         self.lock = threading.RLock()
         self.is_complete = False
+        self.lost = ""
         self.stream: Any = None
 
     def complete(self, sources: Sequence[torch.Tensor | RebuiltInput], roots: Sequence[torch.Tensor]) -> None:
@@ -73,6 +74,8 @@ class Phase:
             RuntimeError: if a tensor that it starts from has been changed in place since.
             PlanDriftError: if the forward has not ended.
         """
+        if self.lost:
+            raise PlanDriftError(f"{self.lost} What was dropped cannot be made again. Keep this block.")
         if not self.is_complete:
             raise PlanDriftError(
                 f"The forward of block {self.block!r} did not end, or it ran backward inside itself, which it did not do when "
@@ -90,7 +93,7 @@ class Phase:
         return replay(self.block, self.program, sources, self.roots, self.ambient)
 
     def _raise_changed(self) -> None:
-        used = [self.sources[number] for _, number in self.program.sources]
+        used = [self.sources[number] for number in self.program.sources]
         named = zip([*used, *self.roots], self.program.origins, strict=True)
         tensors = [(tensor, name) for tensor, name in named if isinstance(tensor, torch.Tensor)]
         for (tensor, name), version in zip(tensors, self.versions, strict=True):
@@ -98,7 +101,7 @@ class Phase:
                 raise RuntimeError(_changed(tensor, version, f"to recompute block {self.block!r}", name))
 
     def _origins(self) -> list[torch.Tensor]:
-        used = (self.sources[number] for _, number in self.program.sources)
+        used = (self.sources[number] for number in self.program.sources)
         return [*(source for source in used if isinstance(source, torch.Tensor)), *self.roots]
 
 
@@ -205,7 +208,7 @@ class Frame:
         values = self.recipe.tape.values
         for phase in self.phases:
             roots = []
-            for _, value in phase.program.roots:
+            for value in phase.program.roots:
                 base, tensor = values[value].base, self.roots[value]
                 is_base = tensor.shape == base.shape and tensor.stride() == base.stride
                 roots.append((tensor if is_base else base.apply(tensor)).detach())
@@ -220,6 +223,12 @@ class Frame:
             action = self.actions[number]
             rerun.expected[number] = action.shape, action.dtype
             phase.rerun = (phase.rerun or {}) | {slot: (rerun, number)}
+        self._let_go()
+
+    def lose(self, reason: str) -> None:
+        """What was dropped before the drift cannot be made again: asking for it raises."""
+        for phase, _, _ in self.dropped:
+            phase.lost = reason
         self._let_go()
 
     def _let_go(self) -> None:

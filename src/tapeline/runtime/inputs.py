@@ -35,7 +35,7 @@ class OutputRecipe:
         self, block: str, program: Program, sources: Sequence[torch.Tensor | RebuiltInput], ambient: Ambient
     ) -> None:
         self.block, self.program, self.sources, self.ambient = block, program, sources, ambient
-        self.versions = [_version(sources[number]) for _, number in program.sources]
+        self.versions = [_version(sources[number]) for number in program.sources]
 
     def before(self) -> RebuiltInput | None:
         """The rebuilt input that this call itself needs."""
@@ -43,7 +43,7 @@ class OutputRecipe:
 
     def run(self, index: int) -> torch.Tensor:
         """Output `index`; the input must be there."""
-        used = [self.sources[number] for _, number in self.program.sources]
+        used = [self.sources[number] for number in self.program.sources]
         if [_version(source) for source in used] != self.versions:
             raise RuntimeError(
                 "One of the variables needed to recompute a block's input has been modified by an inplace operation between "

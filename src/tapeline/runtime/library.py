@@ -122,7 +122,7 @@ class Library:
             except NotReplayable:
                 program = None
             if program is not None and (
-                program.roots or any(c.op is not None and c.op.obstacle for c in program.calls)
+                program.roots or not all(graph.steps[step].can_replay for step in program.steps)
             ):
                 program = None
             self._outputs[tape.digest] = program

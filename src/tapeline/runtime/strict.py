@@ -99,7 +99,7 @@ def _run(
     ambient: Ambient,
 ) -> torch.Tensor:
     found = [tensors[s.place].detach() if s.kind == ARGUMENT else getter(module, s)().detach() for s in sources]
-    roots = [recorder.copies[value] for _, value in program.roots]
+    roots = [recorder.copies[value] for value in program.roots]
     return replay(name, program, found, roots, ambient)[0]
 
 

@@ -92,7 +92,7 @@ def _wrong_values(
             results = phase.replay()
         except ReplayFailedError as error:
             library = seam.library
-            library.never_replay(recipe.tape, error.call.op, f"block {seam.name!r}: {error} ({error.__cause__})")
+            library.never_replay(recipe.tape, error.op, f"block {seam.name!r}: {error} ({error.__cause__})")
             return [KEEP]
         for action, tensor, pack in zip(recipe.packs, saved, recipe.tape.packs, strict=True):
             if action.phase == number and not same_bits(results[action.slot], tensor):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -86,8 +87,8 @@ class _Rows:
         return ValueRow(
             value=value.index,
             storage=value.storage,
-            made_by=op.name if op is not None else str(value.source),
-            module=op.module if op is not None else "",
+            made_by=_name(op) if op is not None else _origin(value.source),
+            module=op.module if op is not None else _home(value.source),
             dtype=str(value.base.dtype).removeprefix("torch."),
             shape=value.base.shape,
             num_saved=self.num_saved[value.index],
@@ -122,21 +123,29 @@ class _Rows:
     # -- reasons ---------------------------------------------------------------------------------------------------
 
     def _why_held(self, value: Value, steps: Sequence[Op]) -> str:
-        op, facts = self._producer(value), self.graph.values[value.index]
+        op = self._producer(value)
         is_saved = value.index in self.num_saved
         if op is None:
-            return "the block's input, and autograd saves it" if is_saved else "the block's input: replays start from it"
+            return (
+                "the block's input, and autograd saves it" if is_saved else "the block's input: replays start from it"
+            )
         if value.index in self.narrow and not is_saved:
             wide = self.tape.packs[self.narrow[value.index]].value
             return f"autograd saves only a wider copy of it, %{wide}: casting this one gives the same bits"
+        return self._why_fixed(value, op) or self._why_dear(op, steps)
+
+    def _why_fixed(self, value: Value, op: Op) -> str:
+        """Why a value is held whatever it costs; empty if it was a choice."""
         if names := [name for name in self.rules.keep if matches(name, op)]:
             return f"keep={names}"
         if value.is_output:
             return "the block returns it: something else holds it anyway"
         if not value.is_last:
             return "its storage is overwritten before the call ends"
-        if facts.must_hold:
-            return "replayed it gave other bits"
+        return "replayed it gave other bits" if self.graph.values[value.index].must_hold else ""
+
+    def _why_dear(self, op: Op, steps: Sequence[Op]) -> str:
+        """Why the choice fell on holding."""
         blocked = self._blocked(steps)
         if blocked is op:
             return f"its op must not be replayed: {self._obstacle(op)}"
@@ -154,7 +163,9 @@ class _Rows:
             return _never_held(value.source)
         roots = self._roots(value, steps)
         start = ", ".join(f"%{root}" for root in roots[:_MAX_ROOTS]) + (", ..." if len(roots) > _MAX_ROOTS else "")
-        text = f"replays from {start or 'parameters and shared arguments'} in {_count(len(steps), 'op')}, {_costly(steps)}"
+        text = (
+            f"replays from {start or 'parameters and shared arguments'} in {_count(len(steps), 'op')}, {_costly(steps)}"
+        )
         if any(step.is_random for step in steps):
             text += ", with the random state of the call"
         names = [name for name in self.rules.drop if matches(name, op)]
@@ -223,5 +234,17 @@ def _count(number: int, what: str) -> str:
 
 
 def _where(op: Op) -> str:
-    return f"{op.name} in {op.module!r}" if op.module else op.name
+    return f"{_name(op)} in {op.module!r}" if op.module else _name(op)
 
+
+def _name(op: Op) -> str:
+    """As `keep` and `drop` take it."""
+    return op.name if op.is_function else op.name.split(".")[0].removeprefix("_")
+
+
+def _origin(source: Source | None) -> str:
+    return str(replace(source, module="")) if source is not None else UNKNOWN
+
+
+def _home(source: Source | None) -> str:
+    return source.module if source is not None else ""

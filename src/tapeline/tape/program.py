@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from tapeline.planner.block import BlockChoice, BlockGraph, steps_for
+from tapeline.tape.functions import run_function
 from tapeline.tape.graph import ARGUMENT, Geometry, Op, Source, Tape, Use, uses
 from tapeline.tape.options import narrowings
-
-_as_strided = torch.Tensor.as_strided  # the method: calling the op boxes its lists, which takes three times as long
-_clone = torch.ops.aten.clone.default
+from tapeline.tape.straight import Register, Replay, Writer
 
 KEEP = -1
 
@@ -26,45 +26,20 @@ class NotReplayable(Exception):  # noqa: N818 - caught inside the package, never
         self.op = op
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One call of a replay. Registers hold tensors; `fills` says which arguments come from which registers."""
-
-    func: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    fills: tuple[tuple[int, Any], ...]
-    """Place among `args`, and a register or a nested list of registers and constants."""
-    keyword_fills: tuple[tuple[str, Any], ...]
-    results: tuple[tuple[int, int], ...]
-    """Which output goes to which register; empty where the call writes into a register in place."""
-    is_single: bool
-    """Whether the op returns one tensor and not a tuple."""
-    frees: tuple[int, ...]
-    """Registers that nothing needs any more."""
-    op: Op | None = None
-    """The recorded op, for Functions and for messages."""
-
-
-@dataclass(frozen=True, slots=True)
-class Register:
-    """An operand that stands for a register in nested arguments."""
-
-    number: int
-
-
 @dataclass(slots=True)
 class Program:
     """What one phase replays."""
 
-    calls: tuple[Call, ...]
-    num_registers: int
-    sources: tuple[tuple[int, int], ...]
-    """Register, and number of the source among those of the recipe."""
-    roots: tuple[tuple[int, int], ...]
-    """Register, and the held value."""
-    results: tuple[tuple[int, Geometry | None], ...]
-    """For each slot: register, and how the saved tensor looks at it."""
+    function: Replay
+    """Makes the tensor of each slot, given the tensors of the sources and of the roots."""
+    text: str
+    """The function as Python code."""
+    ops: tuple[Op | None, ...]
+    """The recorded op of each line of the function's body."""
+    sources: tuple[int, ...]
+    """Numbers of the sources among those of the recipe."""
+    roots: tuple[int, ...]
+    """Held values that it starts from."""
     is_random: bool
     steps: tuple[int, ...]
     """The ops that it replays, by index on the tape."""
@@ -128,7 +103,7 @@ def compile_recipe(tape: Tape, graph: BlockGraph, choice: BlockChoice) -> Recipe
             actions[index] = actions[index]._replace(phase=number, slot=slot)
         targets = [(tape.packs[index].value, tape.packs[index].geometry) for index in dropped]
         programs.append(compile_program(tape, graph, choice.held, targets, sources))
-    _mark_roots(tape, actions, {value for program in programs for _, value in program.roots})
+    _mark_roots(tape, actions, {value for program in programs for value in program.roots})
     return Recipe(
         tape=tape,
         graph=graph,
@@ -202,6 +177,8 @@ def compile_program(
 
 
 class _Compiler:
+    """Writes the calls of one program. Registers hold tensors; each is freed after its last use."""
+
     def __init__(
         self, tape: Tape, steps: Sequence[int], targets: Sequence[tuple[int, Geometry]], sources: dict[Source, int]
     ) -> None:
@@ -211,7 +188,7 @@ class _Compiler:
         self.owned: set[int] = set()
         self.sources: list[tuple[int, int]] = []
         self.roots: list[tuple[int, int]] = []
-        self.calls: list[list[Any]] = []
+        self.calls: list[_Line] = []
         self.num_registers = 0
         self.kept = {value for value, _ in targets}
         self.last_read = {value: op.index for op in self.ops for value in op.reads}
@@ -223,12 +200,19 @@ class _Compiler:
         for value, geometry in self.targets:
             base = self.tape.values[value].base
             results.append((self._register(value), None if geometry == base else geometry))
+        writer = Writer()
+        for place, (register, _) in enumerate(self.sources):
+            writer.load(register, f"sources[{place}]")
+        for place, (register, _) in enumerate(self.roots):
+            writer.load(register, f"roots[{place}]")
+        self._write(writer, {register for register, _ in results})
+        function, text = writer.finish(results)
         return Program(
-            calls=self._with_frees({register for register, _ in results}),
-            num_registers=self.num_registers,
-            sources=tuple(self.sources),
-            roots=tuple(self.roots),
-            results=tuple(results),
+            function=function,
+            text=text,
+            ops=tuple(writer.ops),
+            sources=tuple(number for _, number in self.sources),
+            roots=tuple(value for _, value in self.roots),
             is_random=any(op.is_random for op in self.ops),
             steps=tuple(op.index for op in self.ops),
             origins=self._origins(),
@@ -240,22 +224,19 @@ class _Compiler:
         return (*sources, *(f"what was kept of it ({self.tape.values[value].base})" for _, value in self.roots))
 
     def _add(self, op: Op) -> None:
-        replaced = {}
-        for value in op.writes:
-            replaced[value] = self._buffer(op, value)
+        replaced = {value: self._buffer(op, value) for value in op.writes}
         args = [self._operand(arg, replaced) for arg in op.args]
         kwargs = {name: self._operand(arg, replaced) for name, arg in op.kwargs.items()}
-        results = []
-        overwritten = dict(zip(op.writes, op.makes, strict=False))
-        for value, made in overwritten.items():
+        for value, made in zip(op.writes, op.makes, strict=False):
             self.registers[made] = replaced[value]
             self.owned.add(made)
-        for made in op.makes[len(op.writes) :]:
-            register = self._new(made)
-            self.owned.add(made)
-            results.append((self.tape.values[made].output, register))
-        is_single = op.num_outputs == 1 and not op.is_function and not _returns_list(op.func)
-        self._call(op.func, args, kwargs, results, is_single=is_single, op=op)
+        fresh = op.makes[len(op.writes) :]
+        results: Any = [(self.tape.values[made].output, self._new(made)) for made in fresh]
+        self.owned.update(fresh)
+        if len(results) == 1 and op.num_outputs == 1 and not op.is_function and not _returns_list(op.func):
+            results = results[0][1]
+        function = partial(run_function, op) if op.is_function else callable_of(op)
+        self.calls.append(_Line(function, [args] if op.is_function else args, kwargs, results, op))
 
     def _buffer(self, op: Op, value: int) -> int:
         """A register with the content of `value` that may be overwritten."""
@@ -267,7 +248,7 @@ class _Compiler:
         if base.offset or not _is_dense(base, self.tape.values[value].num_bytes):
             raise NotReplayable(op.index)
         copied = self._fresh()
-        self._call(_clone, [Register(register)], {}, [(0, copied)], is_single=True)
+        self.calls.append(_Line(torch.ops.aten.clone.default._op, [Register(register)], {}, copied, None))
         return copied
 
     def _operand(self, arg: Any, replaced: dict[int, int]) -> Any:
@@ -290,8 +271,7 @@ class _Compiler:
 
     def _view(self, register: int, geometry: Geometry) -> int:
         view = self._fresh()
-        args = [Register(register), geometry.shape, geometry.stride, geometry.offset]
-        self._call(_as_strided, args, {}, [(0, view)], is_single=True)
+        self.calls.append(_Line(geometry, [Register(register)], {}, view, None))
         return view
 
     def _register(self, value: int) -> int:
@@ -312,56 +292,49 @@ class _Compiler:
         self.num_registers += 1
         return self.num_registers - 1
 
-    def _call(
-        self,
-        func: Any,
-        args: Sequence[Any],
-        kwargs: dict[str, Any],
-        results: Any,
-        *,
-        is_single: bool,
-        op: Op | None = None,
-    ) -> None:
-        self.calls.append([func, args, kwargs, results, is_single, op])
-
-    def _with_frees(self, results: set[int]) -> tuple[Call, ...]:
-        """Say after which call each register is needed no more."""
+    def _write(self, writer: Writer, results: set[int]) -> None:
+        """Write all calls, and after each what nothing needs any more."""
         last: dict[int, int] = {}
-        for number, (_, args, kwargs, outputs, _, _) in enumerate(self.calls):
-            for register in (*_registers(args), *_registers(list(kwargs.values())), *(r for _, r in outputs)):
-                last[register] = number
+        for number, call in enumerate(self.calls):
+            last.update(dict.fromkeys(call.registers(), number))
         frees: dict[int, list[int]] = {}
         for register, number in last.items():
             if register not in results:
                 frees.setdefault(number, []).append(register)
-        return tuple(
-            Call(
-                func=func,
-                args=tuple(args),
-                kwargs=kwargs,
-                fills=tuple((place, _fill(arg)) for place, arg in enumerate(args) if _has_register(arg)),
-                keyword_fills=tuple((name, _fill(arg)) for name, arg in kwargs.items() if _has_register(arg)),
-                results=tuple(outputs),
-                is_single=is_single,
-                frees=tuple(frees.get(number, ())),
-                op=op,
-            )
-            for number, (func, args, kwargs, outputs, is_single, op) in enumerate(self.calls)
-        )
+        for number, call in enumerate(self.calls):
+            if isinstance(call.function, Geometry):
+                writer.view(call.results, call.args[0].number, call.function)
+            else:
+                writer.call(call.function, call.args, call.kwargs, call.results, call.op)
+            writer.free(frees.get(number, ()))
 
 
-def _fill(arg: Any) -> Any:
-    return arg.number if isinstance(arg, Register) else arg
+class _Line(NamedTuple):
+    """One call; a geometry in place of the function looks at a register in it."""
+
+    function: Any
+    args: list[Any]
+    kwargs: dict[str, Any]
+    results: Any
+    op: Op | None
+
+    def registers(self) -> Iterator[int]:
+        yield from _registers([*self.args, *self.kwargs.values()])
+        if isinstance(self.results, int):
+            yield self.results
+        else:
+            yield from (register for _, register in self.results)
 
 
-def _has_register(arg: Any) -> bool:
-    return any(True for _ in _registers(arg))
+def callable_of(op: Op) -> Any:
+    """What a replay calls: the op without the Python wrapper around it."""
+    return getattr(op.func, "_op", op.func)
 
 
-def _registers(arg: Any) -> Iterable[int]:
+def _registers(arg: Any) -> Iterator[int]:
     if isinstance(arg, Register):
         yield arg.number
-    elif isinstance(arg, list | tuple):
+    elif isinstance(arg, list):
         for item in arg:
             yield from _registers(item)
 
@@ -371,7 +344,7 @@ def _returns_list(func: Any) -> bool:
     return (
         schema is None
         or len(schema.returns) != 1
-        or "[]" in str(schema.returns[0].type)
+        or "[]" in str(schema.returns[0])
         or "List" in str(schema.returns[0].type)
     )
 

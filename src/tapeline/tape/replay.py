@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 
 from tapeline.tape.graph import Op
-from tapeline.tape.program import Call, Program, Register
+from tapeline.tape.program import Program
 
 
 class ReplayFailedError(RuntimeError):
-    """An op raised when it was replayed; carries its call."""
+    """An op raised when it was replayed."""
 
-    def __init__(self, call: Call) -> None:
-        super().__init__(f"replaying {call.func} failed: {call.op!r}")
-        self.call = call
+    def __init__(self, op: Op | None) -> None:
+        super().__init__(f"replaying {op.name if op is not None else 'a view'} failed")
+        self.op = op
 
 
 def run_program(program: Program, sources: Sequence[torch.Tensor], roots: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -29,90 +27,23 @@ def run_program(program: Program, sources: Sequence[torch.Tensor], roots: Sequen
         program: what to run.
         sources: tensors in the order of the recipe's sources.
         roots: held tensors in the order of the program's roots.
+
+    Raises:
+        ReplayFailedError: if an op raises.
     """
-    registers: list[Any] = [None] * program.num_registers
-    for register, number in program.sources:
-        registers[register] = sources[number]
-    for (register, _), tensor in zip(program.roots, roots, strict=True):
-        registers[register] = tensor
-    for call in program.calls:
-        try:
-            run_call(call, registers)
-        except Exception as error:
-            raise ReplayFailedError(call) from error
-    results = []
-    for register, geometry in program.results:
-        tensor = registers[register]
-        results.append(tensor if geometry is None else geometry.apply(tensor))
-    return results
+    try:
+        return program.function([sources[number] for number in program.sources], roots)
+    except Exception as error:
+        raise ReplayFailedError(_failed_op(program, error)) from error
 
 
-def run_call(call: Call, registers: list[Any]) -> None:
-    """Run one call on the registers."""
-    args: Any = call.args
-    if call.fills:
-        args = list(args)
-        for place, fill in call.fills:
-            args[place] = registers[fill] if type(fill) is int else _nested(fill, registers)
-    kwargs = call.kwargs
-    if call.keyword_fills:
-        kwargs = kwargs | {
-            name: registers[fill] if type(fill) is int else _nested(fill, registers)
-            for name, fill in call.keyword_fills
-        }
-    op = call.op
-    out = run_function(op, args) if op is not None and op.is_function else call.func(*args, **kwargs)
-    if call.is_single:
-        for _, register in call.results:
-            registers[register] = out
-    elif call.results:
-        outputs = out if op is not None and op.is_function else _tensors(out)
-        for number, register in call.results:
-            registers[register] = outputs[number]
-    for register in call.frees:
-        registers[register] = None
-
-
-def run_function(op: Op, args: Sequence[Any]) -> list[torch.Tensor]:
-    """Apply an autograd Function again; returns its outputs, and then what it saved, in order.
-
-    Under autograd as it was, because a Function may compute what it saves only if a gradient is wanted.
-    """
-    saved: list[torch.Tensor] = []
-    flags = iter(op.grad_flags)
-    inputs = [_like_before(arg, flags) if isinstance(arg, torch.Tensor) else arg for arg in args]
-
-    def capture(tensor: torch.Tensor) -> None:
-        saved.append(tensor.detach())
-
-    with torch.set_grad_enabled(op.has_grad), saved_tensors_hooks(capture, _never):
-        out = op.func.apply(*inputs)
-    outputs = [tensor.detach() for tensor in _tensors(out)]
-    return outputs + saved
-
-
-def _like_before(tensor: torch.Tensor, flags: Iterator[bool]) -> torch.Tensor:
-    return tensor.detach().requires_grad_(next(flags))
-
-
-def _never(_: None) -> torch.Tensor:
-    raise AssertionError("no backward runs through a replay")
-
-
-def _nested(fill: Any, registers: list[Any]) -> Any:
-    if isinstance(fill, Register):
-        return registers[fill.number]
-    if isinstance(fill, list | tuple):
-        return [_nested(item, registers) for item in fill]
-    return fill
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in _tensors(item)]
-    return []
+def _failed_op(program: Program, error: Exception) -> Op | None:
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == "<replay>":
+            return program.ops[trace.tb_lineno - 2]  # line 1 is the signature
+        trace = trace.tb_next
+    return None
 
 
 @contextmanager

@@ -1,0 +1,37 @@
+"""Applying a recorded autograd Function again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from tapeline.tape.graph import Op
+from tapeline.tape.straight import flat_tensors
+
+
+def run_function(op: Op, args: Sequence[Any]) -> list[torch.Tensor]:
+    """Apply an autograd Function again; returns its outputs, and then what it saved, in order.
+
+    Under autograd as it was, because a Function may compute what it saves only if a gradient is wanted.
+    """
+    saved: list[torch.Tensor] = []
+    flags = iter(op.grad_flags)
+    inputs = [_like_before(arg, flags) if isinstance(arg, torch.Tensor) else arg for arg in args]
+
+    def capture(tensor: torch.Tensor) -> None:
+        saved.append(tensor.detach())
+
+    with torch.set_grad_enabled(op.has_grad), saved_tensors_hooks(capture, _never):
+        out = op.func.apply(*inputs)
+    return [tensor.detach() for tensor in flat_tensors(out)] + saved
+
+
+def _like_before(tensor: torch.Tensor, flags: Iterator[bool]) -> torch.Tensor:
+    return tensor.detach().requires_grad_(next(flags))
+
+
+def _never(_: None) -> torch.Tensor:
+    raise AssertionError("no backward runs through a replay")
