@@ -38,7 +38,7 @@ class TrainConfig:
     resume_from_checkpoint: str = _setting("", "A checkpoint directory, or 'last' for the newest complete one.")
 
     budget: str = _setting("auto", "Peak memory: bytes, 22GiB, 60% of the untouched model's predicted peak, or auto.")
-    mode: str = _setting("auto", "auto | none | recompute | segments | segments:k.")
+    mode: str = _setting("auto", "auto | none | cheap | recompute | segments | segments:k | least.")
     margin: str = _setting("", "Stay this far below the budget: 512MiB or 5%. Default: 5% for an automatic budget.")
 
     dtype: str = _setting("auto", "auto (as saved) | float32 | bfloat16 | float16.")
