@@ -115,7 +115,10 @@ def front(graph: BlockGraph) -> list[tuple[Policy, BlockChoice]]:
     policies += [KEEP, CHEAP, RECOMPUTE, LEAST]
     found: dict[tuple[frozenset[int], tuple[tuple[int, int], ...]], tuple[Policy, BlockChoice]] = {}
     for policy in policies:
-        choice = choose(graph, policy)
+        try:
+            choice = choose(graph, policy)
+        except ValueError:  # what must be dropped is too dear for this policy
+            continue
         found.setdefault((choice.held, choice.groups), (policy, choice))
     rows = sorted(found.values(), key=lambda row: (-row[1].held_bytes, row[1].replay_seconds))
     return [row for row in rows if not any(_dominates(other[1], row[1]) for other in rows)]
@@ -128,7 +131,12 @@ def _dominates(one: BlockChoice, other: BlockChoice) -> bool:
 
 
 def _hold_all(graph: BlockGraph) -> frozenset[int]:
-    return graph.saved - {v for v in graph.saved if graph.values[v].must_drop}
+    """Everything that backward needs and that is not there anyway, but for what must be dropped."""
+    held = frozenset(v for v in graph.saved if not (graph.values[v].is_free or graph.values[v].must_drop))
+    targets = [v for v in graph.saved if graph.values[v].must_drop]
+    if not all(graph.steps[step].can_replay for step in steps_for(graph, held, targets)):
+        raise ValueError("what must be dropped cannot be made again")
+    return held
 
 
 # -- the cut -------------------------------------------------------------------------------------------------------

@@ -24,12 +24,13 @@ from tapeline.runtime.strict import StrictRecorder, check_every_op
 from tapeline.runtime.verifier import verify, verify_outputs
 from tapeline.tape.graph import ARGUMENT, Source, Tape, first_difference
 from tapeline.tape.program import Recipe
-from tapeline.tape.record import Recorder
+from tapeline.tape.record import DRAWS_NUMBERS, Recorder
 from tapeline.tape.sources import Getter, getter
 
 _MAX_DRIFTS = 3
 _MAX_CLASSES = 64
 _MAX_CHANGES = 2
+RUNS_BACKWARD = "it runs backward inside its forward"
 
 
 @dataclass(slots=True)
@@ -86,6 +87,8 @@ class BlockSeam:
         """Why calls were not replayed from a tape, each reason once."""
         self.is_due_for_audit = False
         """Verify the next call again."""
+        self._cast_versions: dict[Any, list[int]] = {}
+        """Versions of the sources when autocast cast them last, by class of call."""
         self.is_strict = False
         """Keep everything, replay every op of every call, and raise where one differs."""
         self._prepared: dict[Any, Prepared] = {}
@@ -141,13 +144,14 @@ class BlockSeam:
         ambient = Ambient(tensors)
         sources = self.find(prepared.getters, tensors, rebuilt)
         frame = Frame(self.name, prepared.recipe, sources, ambient, foreign, rebuilt)
+        before = self._versions(invocation)
         with saved_tensors_hooks(frame.pack, unpack):
             out = invocation.run()
         recipe = frame.recipe
-        if frame.finish():
+        if frame.finish() and self._casts_are_current(key, frame) and frame.complete():
             self._note_output(out, recipe, ambient, tensors, rebuilt)
         else:
-            self._drifted(key, frame, invocation, ambient)
+            self._drifted(key, frame, invocation, ambient, before)
         return out
 
     def _record(
@@ -177,7 +181,7 @@ class BlockSeam:
         with saved_tensors_hooks(pack, unpack), recorder:
             out = invocation.run()
         if any(place.is_unpacked for place in late):
-            recorder.refuse("it runs backward inside its forward")
+            recorder.refuse(RUNS_BACKWARD)
         tape = recorder.finish(out)
         saved = [place.packed[0] for place in late]
         places, late = late, []  # autograd keeps the pack hook, and so what it refers to
@@ -197,6 +201,7 @@ class BlockSeam:
         frame = Frame(self.name, recipe, self.find(prepared.getters, tensors), ambient, foreign)
         for place, tensor in zip(places, saved, strict=True):
             place.packed = frame.place(tensor)
+        self._cast_versions[key] = frame.versions
         is_complete = frame.complete()
         assert is_complete, "nothing has run since the call was recorded"
         self._note_output(out, recipe, ambient, tensors, None)
@@ -215,6 +220,8 @@ class BlockSeam:
         getters = self.getters(recipe.sources)
         frame = Frame(self.name, recipe, self.find(getters, tensors), ambient, foreign)
 
+        before = self._versions(invocation)
+
         def pack(tensor: torch.Tensor) -> Any:
             recorder.pack(tensor)
             recorder.is_paused = True
@@ -228,12 +235,13 @@ class BlockSeam:
         tape = recorder.finish(out)
         known = self._classify(key, tape)
         is_equal = known.tape is not None and known.tape.digest == recipe.tape.digest
-        if is_equal and frame.finish():
+        if is_equal and frame.finish() and frame.complete():
             self._prepared[key] = Prepared(known, recipe, getters)
+            self._cast_versions[key] = frame.versions
             self._note_output(out, recipe, ambient, tensors, None)
             return out
-        self.num_reruns += 1
-        frame.recover(Rerun(self.guard, invocation, ambient), frame.cursor)
+        frame.drift = frame.drift or "it has another tape than a block built alike"
+        self._recover(frame, key, invocation, ambient, before, tape)
         self.chain.note(None, None)
         if known.tape is not None and (known.tape.digest, self.policy) not in self.library.verified:
             del self.records.classes[key]
@@ -256,6 +264,7 @@ class BlockSeam:
         """Keep what a recording has found out about a class of calls."""
         classes = self.records.classes
         changes = tape.changes_state or self.fingerprint.token() != key[0] or has_objects(key[2])
+        is_odd = tape.obstacle in (DRAWS_NUMBERS, RUNS_BACKWARD)
         known = CallClass(tape)
         self.records.num_changes += self.fingerprint.token() != key[0]
         if self.records.num_changes >= _MAX_CHANGES:
@@ -264,7 +273,7 @@ class BlockSeam:
             self._note_reason(self.records.fixed.reason)
         if tape.obstacle or len(classes) >= _MAX_CLASSES:
             reason = tape.obstacle or f"it was called in {_MAX_CLASSES} different ways"
-            known = CallClass(None, reason, can_rerun=not changes)
+            known = CallClass(None, reason, can_rerun=not (changes or is_odd))
             self.library.obstacles[self._kind(), key[1:]] = known
             self._prepared[key] = Prepared(known, None, [])
         classes[key] = known
@@ -308,17 +317,29 @@ class BlockSeam:
         self.num_reruns += 1
         return Rerun(self.guard, invocation, ambient)
 
-    def _drifted(self, key: Any, frame: Frame, invocation: Invocation, ambient: Ambient) -> None:
-        """The call did something else than what was recorded: recover exactly, and record the next one anew."""
-        self.num_drifts += 1
-        self._note_reason(f"a call differed from the tape: {frame.drift}")
-        self.num_reruns += bool(frame.dropped)
-        if frame.recipe.tape.changes_state or has_objects(key[2]):
+    def _recover(
+        self, frame: Frame, key: Any, invocation: Invocation, ambient: Ambient, before: list[int], tape: Tape
+    ) -> None:
+        """Bring back what a call has dropped that was not as recorded, or make asking for it an error."""
+        has_changed = before != self._versions(invocation)
+        if has_changed or tape.changes_state or has_objects(key[2]) or "generators" in tape.obstacle:
             frame.lose(
                 f"Block {self.name!r} differed from its tape ({frame.drift}) and cannot be run again: it changes state."
             )
         else:
+            self.num_reruns += 1
             frame.recover(Rerun(self.guard, invocation, ambient), frame.cursor)
+
+    def _versions(self, invocation: Invocation) -> list[int]:
+        """How often what the block is made of, and what it is given, has been written."""
+        given = [tensor._version for tensor in invocation.tensors() if not tensor.is_inference()]
+        return self.fingerprint.versions() + given
+
+    def _drifted(self, key: Any, frame: Frame, invocation: Invocation, ambient: Ambient, before: list[int]) -> None:
+        """The call did something else than what was recorded: recover exactly, and record the next one anew."""
+        self.num_drifts += 1
+        self._note_reason(f"a call differed from the tape: {frame.drift}")
+        self._recover(frame, key, invocation, ambient, before, frame.recipe.tape)
         self.chain.note(None, None)
         self._prepared.pop(key, None)
         self.records.classes.pop(key, None)
@@ -369,6 +390,23 @@ class BlockSeam:
             found = self.getters(self.library.all_sources(recipe.tape))
             output = OutputRecipe(self.name, program, self.find(found, tensors, rebuilt), ambient)
         self.chain.note(out, output)
+
+    def _casts_are_current(self, key: Any, frame: Frame) -> bool:
+        """Whether copies that autocast has cached are those of the parameters as they are.
+
+        An optimizer step inside one autocast context leaves copies of the old weights in the cache, and the forward uses them.
+        """
+        if not frame.recipe.tape.cached_casts:
+            return True
+        if not frame.is_hit:
+            self._cast_versions[key] = frame.versions
+        elif self._cast_versions.get(key) != frame.versions:
+            frame.drift = "autocast used copies of parameters from before they were changed"
+            frame.lose(
+                f"Block {self.name!r} ran in an autocast context that has cached copies of its parameters from before the "
+                "optimizer step. Leave the context after each forward, or use torch.autocast(..., cache_enabled=False)."
+            )
+        return not frame.drift
 
     def _kind(self) -> Any:
         """What blocks that are built alike have in common."""

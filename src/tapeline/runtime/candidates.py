@@ -165,7 +165,10 @@ class Candidates:
         rows = front(block_graph(largest, self.step.library.rates))
         inner = [policy for policy, _ in rows if policy.saved == "mixed"]
         picked = [inner[len(inner) * i // _NUM_BETWEEN] for i in range(min(_NUM_BETWEEN, len(inner)))]
+        possible = {policy for policy, _ in rows}
         policies = dict.fromkeys([CHEAP, LEAST, *picked])
+        if self.step.library.rules.drop and CHEAP not in possible:
+            del policies[CHEAP]
         return {f"option {number}": policy for number, policy in enumerate(policies)}
 
     def _samples(self, kinds: list[str]) -> Iterator[tuple[Blocks, dict[str, str]]]:

@@ -7,19 +7,23 @@ fast device; they are read in bulk, one C call per module, from places that were
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import Enum
-from operator import itemgetter
+from functools import partial
+from operator import attrgetter, itemgetter
+from types import BuiltinFunctionType, FunctionType, MappingProxyType, MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 _NUMBERS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, Enum, type)
+_FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType, partial)
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_DEPTH = 3
-Reader = Callable[[dict[str, Any]], Any]
+_DEPTH = 4
+Reader = Callable[[Any], Any]
 
 
 class Fingerprint:
@@ -48,15 +52,37 @@ class Fingerprint:
             now = self._read()
             if now == self._last:
                 return self._token
-        except (KeyError, RuntimeError, TypeError, ValueError):  # an attribute is gone, or is a tensor now
+        except (
+            AttributeError,
+            IndexError,
+            KeyError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ):  # an attribute is gone, or is a tensor now
             pass
         return self._reread()
+
+    def versions(self) -> list[int]:
+        """How often each parameter and buffer has been written."""
+        return [
+            t._version for t in (table[name] for table, name in self._tensors) if t is not None and not t.is_inference()
+        ]
 
     def _reread(self) -> int:
         """Something has changed: find the places anew, and look whether this state was seen before."""
         self._compile()
         self._last = self._read()
-        state = (*self._last[:-1], self._names, tuple(map(_layout, self._parameters())))
+        numbers, _, sizes, sets, hooks, grads, _ = self._last
+        state = (
+            numbers,
+            sizes,
+            sets,
+            hooks,
+            grads,
+            self._names,
+            [_layout(table[name]) for table, name in self._tensors],
+        )
         for token, known in enumerate(self._states):
             if known == state:
                 self._token = token
@@ -66,75 +92,125 @@ class Fingerprint:
         return self._token
 
     def _read(self) -> tuple[Any, ...]:
-        parameters = [table[name] for table, name in self._parameter_places]
+        tensors = [table[name] for table, name in self._tensors]
         return (
             [reader(table) for reader, table in self._readers],
+            [[*map(id, reader(table))] for reader, table in self._holders],
             list(map(len, self._tables)),
-            [tuple(items) for items in self._lists],
+            [frozenset(items) for items in self._sets],
             [tuple(hooks) for hooks in self._hooks if hooks],
-            [p is not None and p.requires_grad for p in parameters],
-            [(id(p), p.data_ptr()) if p is not None and _has_pointer(p) else id(p) for p in parameters],
+            [t is not None and t.requires_grad for t in tensors],
+            [
+                id(t) if t is None or not has_pointer else (id(t), t.data_ptr())
+                for t, has_pointer in zip(tensors, self._has_pointer, strict=True)
+            ],
         )
 
-    def _parameters(self) -> Iterator[torch.Tensor | None]:
-        for table, name in self._parameter_places:
-            yield table[name]
-
     def _compile(self) -> None:
-        self._readers: list[tuple[Reader, dict[str, Any]]] = []
-        self._tables: list[dict[str, Any]] = []
-        self._lists: list[Any] = []
+        self._readers: list[tuple[Reader, Any]] = []
+        """Plain values: read and compared by value."""
+        self._holders: list[tuple[Reader, Any]] = []
+        """What holds more of them: compared by identity, and looked into."""
+        self._tables: list[Any] = []
+        self._sets: list[Any] = []
         self._hooks: list[dict[int, Any]] = []
-        self._parameter_places: list[tuple[dict[str, Any], str]] = []
-        self._names: list[tuple[str, ...]] = []
-        self._seen: set[int] = set()
+        self._tensors: list[tuple[dict[str, Any], str]] = []
+        self._names: list[Any] = []
+        self._seen: dict[int, Any] = {}
         for part in self.module.modules():
             # the block's own forward is what a session replaces
-            self._add_table(vars(part), _INTERNAL | {"forward"} if part is self.module else _INTERNAL, _DEPTH)
+            self._add(vars(part), _INTERNAL | {"forward"} if part is self.module else _INTERNAL, _DEPTH)
+            for cls in type(part).__mro__[: -len(nn.Module.__mro__)]:
+                self._add_class(cls)
             if part._modules:
                 self._add_reader(part._modules, list(part._modules))
             self._tables += [part._parameters, part._modules, part._buffers]
             if part is not self.module:  # those of the block itself run outside its forward
                 self._hooks += [getattr(part, name) for name in _HOOKS]
-            self._parameter_places += [(part._parameters, name) for name in part._parameters]
-        self.has_trainable = any(p is not None and p.requires_grad for p in self._parameters())
+            self._tensors += [(table, name) for table in (part._parameters, part._buffers) for name in table]
+        found = [table[name] for table, name in self._tensors]
+        self._has_pointer = [tensor is not None and _has_pointer(tensor) for tensor in found]
+        self.has_trainable = any(tensor is not None and tensor.requires_grad for tensor in found)
 
-    def _add_table(self, table: dict[str, Any], skipped: frozenset[str], depth: int) -> None:
-        """Read the plain values of a dict, and look into the dicts, lists and objects in it."""
+    def _add(self, table: Any, skipped: frozenset[str], depth: int) -> None:
+        """Read the plain values of a dict, a list or an object with slots, and look into what else it holds."""
         if id(table) in self._seen:
             return
-        self._seen.add(id(table))
-        self._tables.append(table)
-        names = []
-        for name, value in table.items():
+        self._seen[id(table)] = table
+        plain: list[Any] = []
+        holders: list[Any] = []
+        for name, value in _items(table):
             if name in skipped:
                 continue
-            if _is_plain(value):
-                names.append(name)
-            elif depth > 0:
-                self._add_container(value, depth)
-        self._add_reader(table, names)
+            if isinstance(value, torch.Tensor):
+                if isinstance(table, dict):
+                    self._tensors.append((table, name))
+            elif _is_plain(value):
+                plain.append(name)
+            elif not isinstance(value, nn.Module) and depth > 0:
+                holders.append(name)
+                self._look_into(value, depth - 1)
+        if not hasattr(table, "__slots__") or isinstance(table, dict | list | tuple):
+            self._tables.append(table)
+        self._add_reader(table, plain)
+        if holders:
+            self._holders.append((_reader(table, holders, always_tuple=True), table))
 
-    def _add_container(self, value: Any, depth: int) -> None:
-        if isinstance(value, dict):
-            self._add_table(value, frozenset(), depth - 1)
-        elif isinstance(value, list | set | tuple):
-            if all(_is_plain(item) for item in value):
-                self._lists.append(value)
-        elif hasattr(value, "__dict__") and not isinstance(value, nn.Module | torch.Tensor):
-            self._add_table(vars(value), frozenset(), depth - 1)
+    def _add_class(self, cls: type) -> None:
+        """Read the plain values and the functions of a class that a module is made of."""
+        if id(cls) not in self._seen:
+            self._seen[id(cls)] = cls
+            table = vars(cls)
+            self._tables.append(table)
+            self._add_reader(table, [name for name, value in table.items() if _is_plain(value) and name[:2] != "__"])
 
-    def _add_reader(self, table: dict[str, Any], names: list[str]) -> None:
+    def _look_into(self, value: Any, depth: int) -> None:
+        if isinstance(value, dict | list | tuple):
+            self._add(value, frozenset(), depth)
+        elif isinstance(value, set | frozenset):
+            if all(map(_is_plain, value)):
+                self._sets.append(value)
+        elif isinstance(getattr(value, "__dict__", None), dict):
+            self._add(vars(value), frozenset(), depth)
+        elif slot_names(value):
+            self._add(value, frozenset(), depth)
+
+    def _add_reader(self, table: Any, names: list[Any]) -> None:
         if names:
-            self._readers.append((itemgetter(*names), table))
+            self._readers.append((_reader(table, names), table))
             self._names.append(tuple(names))
+
+
+def _items(table: Any) -> list[tuple[Any, Any]]:
+    if isinstance(table, dict):
+        return list(table.items())
+    if isinstance(table, list | tuple):
+        return list(enumerate(table))
+    return [(name, getattr(table, name)) for name in slot_names(table)]
+
+
+def slot_names(value: Any) -> list[str]:
+    """The names of the slots of an object that are set."""
+    names = (name for cls in type(value).__mro__ for name in _as_tuple(cls.__dict__.get("__slots__", ())))
+    return [name for name in names if not name.startswith("__") and hasattr(value, name)]
+
+
+def _as_tuple(names: Any) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _reader(table: Any, names: list[Any], *, always_tuple: bool = False) -> Reader:
+    """Reads several places of a table in one C call."""
+    is_indexed = isinstance(table, dict | list | tuple | MappingProxyType)
+    read: Reader = itemgetter(*names) if is_indexed else attrgetter(*names)
+    if always_tuple and len(names) == 1:
+        return lambda holder: (read(holder),)
+    return read
 
 
 def _is_plain(value: Any) -> bool:
     """Compared by value, or, as functions are, by identity."""
-    if isinstance(value, _NUMBERS):
-        return True
-    return callable(value) and not isinstance(value, nn.Module)
+    return isinstance(value, (*_NUMBERS, *_FUNCTIONS, np.generic))
 
 
 def _has_pointer(parameter: torch.Tensor) -> bool:

@@ -118,7 +118,19 @@ class Frame:
     """
 
     __slots__ = (
-        *("actions", "block", "cursor", "drift", "dropped", "first_node", "foreign", "phases", "rebuilt", "recipe"),
+        *(
+            "actions",
+            "block",
+            "cursor",
+            "drift",
+            "dropped",
+            "first_node",
+            "foreign",
+            "is_hit",
+            "phases",
+            "rebuilt",
+            "recipe",
+        ),
         *("roots", "sources", "versions"),
     )
 
@@ -143,6 +155,8 @@ class Frame:
         self.phases = [Phase(block, program, ambient) for program in recipe.programs]
         self.roots: dict[int, torch.Tensor] = {}
         self.cursor = 0
+        self.is_hit = False
+        """Whether autocast had copies of parameters from an earlier call."""
         self.drift = ""
         """What was different from the tape; empty as long as nothing was."""
         self.dropped: list[tuple[Phase, int, int]] = []
@@ -178,7 +192,7 @@ class Frame:
             return keep(tensor, self.foreign)
         _, _, _, _, _, phase, slot, root, narrow = self.actions[cursor]
         if narrow is not None:
-            self.roots[root] = tensor.to(narrow)
+            self.roots[narrow[0]] = tensor.to(narrow[1])
         if self.rebuilt is not None and cursor in self.recipe.input_packs:
             return InputPlace(self.rebuilt, self.recipe.input_packs[cursor]), 0
         if phase != KEEP:
@@ -193,12 +207,13 @@ class Frame:
         """The forward has ended; returns whether it did what was recorded. If not, `drift` says what was different."""
         recipe = self.recipe
         nodes = _count_nodes() - self.first_node
+        self.is_hit = nodes < recipe.most_nodes
         if not self.drift:
             if self.cursor != len(self.actions):
                 self.drift = f"it saved {self.cursor} tensors instead of {len(self.actions)}"
             elif not recipe.least_nodes <= nodes <= recipe.most_nodes:
                 self.drift = f"it made {nodes} autograd nodes instead of {recipe.most_nodes}"
-        return not self.drift and self.complete()
+        return not self.drift
 
     def complete(self) -> bool:
         """Make the phases ready to be replayed, unless a source has changed while the call ran."""

@@ -121,6 +121,8 @@ class Library:
                 program = compile_program(tape, graph, frozenset(), tape.outputs, sources)
             except NotReplayable:
                 program = None
+            if tape.digest in self.failures:  # something that leads there replays differently
+                program = None
             if program is not None and (
                 program.roots or not all(graph.steps[step].can_replay for step in program.steps)
             ):
@@ -148,7 +150,7 @@ class Library:
                 choice = choose(graph, policy)
             except ValueError as error:
                 raise UsageError(
-                    f"drop={list(self.rules.drop)}: some of it cannot be made again ({_reasons(tape)}), so it cannot be dropped."
+                    f"drop={list(self.rules.drop)}: some of it cannot be made again ({_reasons(tape, policy)}), so it cannot be dropped."
                 ) from error
             try:
                 return compile_recipe(tape, graph, choice)
@@ -162,6 +164,8 @@ class Library:
         return self._limits[tape.digest]
 
 
-def _reasons(tape: Tape) -> str:
+def _reasons(tape: Tape, policy: Policy) -> str:
+    if policy.is_cheap:
+        return "mode 'cheap' replays no matrix product and no attention"
     reasons = dict.fromkeys(f"{op.name}: {op.obstacle}" for op in tape.ops if op.obstacle)
     return "; ".join(list(reasons)[:3]) or "nothing leads to it"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode
 
 from tapeline.ledger import RECOMPUTE, Ledger, active_ledgers
 from tapeline.runtime.ambient import Ambient
@@ -14,7 +14,7 @@ from tapeline.tape.fake import ShapeMode
 from tapeline.tape.program import Program
 from tapeline.tape.replay import isolated, run_program
 
-OBSERVERS = (Ledger, ShapeMode, FlopCounterMode)
+OBSERVERS = (Ledger, ShapeMode, FlopCounterMode, _FlopCounterMode)
 """Dispatch modes that see replayed ops too, because they change nothing; all others are off."""
 
 
@@ -31,6 +31,8 @@ def replay(
         if torch._C._len_torch_dispatch_stack():
             for ledger in active_ledgers():
                 stack.enter_context(ledger.scope(RECOMPUTE, block))
+        if ambient is not None and ambient.default_dtype != torch.get_default_dtype():
+            stack.enter_context(ambient.dtype_restored())
         if program.is_random:
             assert ambient is not None, "noted for every random recipe"
             stack.enter_context(ambient.random_state())

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from enum import Enum
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import torch
 
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, Enum)
+from tapeline.runtime.fingerprint import slot_names
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, Enum, np.generic)
+_FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType, partial, type)
 
 
 def arguments_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], list[torch.Tensor]]:
@@ -92,10 +98,38 @@ def _describe(value: Any, key: list[Any], tensors: list[torch.Tensor]) -> None:
         key.append((type(value), *value))
         for item in value.values():
             _describe(item, key, tensors)
-    elif callable(value):
-        key.append((type(value), id(value)))
+    elif isinstance(value, set | frozenset):
+        key.append((type(value), frozenset(map(repr, value))))
+    elif isinstance(value, slice):
+        key.append((slice, repr(value)))
+    elif isinstance(value, _FUNCTIONS):
+        key.append(_Same(value))
     else:
         key.append(type(value))
+        attributes = plain_attributes(value)
+        key.append(tuple((name, item) for name, item in attributes if isinstance(item, _PLAIN)))
+        key.extend(_Same(item) for _, item in attributes if isinstance(item, _FUNCTIONS))
+
+
+class _Same:
+    """Equal to itself only; holds the object, so that no other gets its address."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def plain_attributes(value: Any) -> list[tuple[str, Any]]:
+    """The attributes of an object, those in slots included."""
+    found = list(getattr(value, "__dict__", {}).items())
+    return found + [(name, getattr(value, name)) for name in slot_names(value)]
 
 
 def _storage(tensor: torch.Tensor) -> int:

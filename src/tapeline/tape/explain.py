@@ -189,9 +189,13 @@ class _Rows:
 def _front(graph: BlockGraph, chosen: BlockChoice) -> tuple[FrontRow, ...]:
     """The front, and the choice itself where it is not on it."""
     names: dict[object, str] = {}
-    for name, policy in NAMED_POLICIES.items():
-        names.setdefault(_identity(graph, choose(graph, policy)), name)
-    found = {_identity(graph, choice): (policy, choice) for policy, choice in front(graph)}
+    found: dict[object, tuple[Policy, BlockChoice]] = {}
+    try:
+        for name, policy in NAMED_POLICIES.items():
+            names.setdefault(_identity(graph, choose(graph, policy)), name)
+        found = {_identity(graph, choice): (policy, choice) for policy, choice in front(graph)}
+    except ValueError:  # some mode cannot do without what must be dropped: there is no front to compare with
+        names[_identity(graph, chosen)] = "this choice"
     found.setdefault(_identity(graph, chosen), (CHEAP, chosen))
     rows = [
         FrontRow(

@@ -20,6 +20,7 @@ PARAMETER = "parameter"
 BUFFER = "buffer"
 ATTRIBUTE = "attribute"
 UNKNOWN = "unknown"
+OWN_GENERATOR = "it draws from a generator of its own"
 WRITES_SOURCE = "it writes into a buffer, a parameter or an argument"
 
 
@@ -89,6 +90,8 @@ class Value:
     """Whether the block returns it: something outside keeps it alive anyway."""
     requires_grad: bool = False
     """For arguments: whether the tensor requires grad."""
+    is_unseen: bool = False
+    """Memory of which no op has written all: a kernel that the dispatcher does not show may have."""
     is_wrapper: bool = False
     """A wrapper subclass, which cannot be looked at in another geometry."""
 
@@ -101,7 +104,7 @@ class Use:
     geometry: Geometry | None = None
 
     def __repr__(self) -> str:
-        return f"%{self.value}" if self.geometry is None else f"%{self.value}:{self.geometry}"
+        return f"%{self.value}" if self.geometry is None else f"%{self.value}:{self.geometry!r}"
 
 
 @dataclass(slots=True)
@@ -180,8 +183,8 @@ class Tape:
 
     @property
     def changes_state(self) -> bool:
-        """Whether the call writes into something that it was given: running it twice would write twice."""
-        return any(op.obstacle == WRITES_SOURCE for op in self.ops)
+        """Whether the call changes something that it was given: running it twice would change it twice."""
+        return any(op.obstacle in (WRITES_SOURCE, OWN_GENERATOR) for op in self.ops)
 
     def seal(self) -> Tape:
         """Compute the digest once everything is recorded."""
@@ -198,12 +201,26 @@ class Tape:
 
     def _lines(self) -> Iterator[str]:
         for op in self.ops:
-            yield f"{op.func}{op.args!r}{sorted(op.kwargs.items())!r}{op.makes}{op.module}{op.grad_flags}{op.obstacle}\n"
+            func = f"{op.func}{id(op.func)}" if op.is_function else op.func
+            yield f"{func}{_exact((op.args, op.kwargs))}{op.makes}{op.module}{op.grad_flags}{op.obstacle}\n"
         for value in self.values:
-            yield f"{value.num_bytes}{value.base}{value.source}{value.previous}{value.is_last}{value.is_output}\n"
+            yield f"{value.num_bytes}{value.base!r}{value.source}{value.previous}{value.is_last}{value.is_output}\n"
         for pack in self.packs:
             yield f"{pack}\n"
         yield f"{self.outputs}{self.num_nodes}{self.obstacle}"
+
+
+def _exact(argument: Any) -> str:
+    """Arguments as text without loss: a tensor prints rounded."""
+    if isinstance(argument, torch.Tensor):
+        return f"tensor({argument.dtype}{argument.tolist()!r})"
+    if isinstance(argument, torch.Generator):
+        return "generator"
+    if isinstance(argument, list | tuple):
+        return f"{type(argument).__name__}({','.join(map(_exact, argument))})"
+    if isinstance(argument, dict):
+        return f"dict({','.join(f'{name}={_exact(argument[name])}' for name in sorted(argument))})"
+    return repr(argument)
 
 
 def uses(arguments: Any) -> Iterator[Use]:

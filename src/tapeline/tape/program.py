@@ -66,8 +66,8 @@ class PackAction(NamedTuple):
     """Which result of the phase."""
     root: int = KEEP
     """The held value, if a phase starts from it."""
-    narrow: torch.dtype | None = None
-    """Hold it in this dtype, in which it was before: the cast is replayed."""
+    narrow: tuple[int, torch.dtype] | None = None
+    """Hold what it was cast from: that value, made by casting back to its dtype."""
 
 
 @dataclass(slots=True)
@@ -137,7 +137,7 @@ def _mark_roots(tape: Tape, actions: list[PackAction], roots: set[int]) -> None:
                 roots.discard(pack.value)
     for value, index in narrowings(tape).items():
         if value in roots:
-            actions[index] = actions[index]._replace(root=value, narrow=tape.values[value].base.dtype)
+            actions[index] = actions[index]._replace(narrow=(value, tape.values[value].base.dtype))
 
 
 def _is_replayed(graph: BlockGraph, choice: BlockChoice, value: int) -> bool:

@@ -6,23 +6,40 @@ It holds no tensor: recording a call needs no more memory than the call.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from enum import Enum
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tapeline.cost.price import MATMUL, MEMORY, OTHER, count_flops, op_class
-from tapeline.tape.graph import ARGUMENT, BUFFER, UNKNOWN, WRITES_SOURCE, Geometry, Op, Pack, Source, Tape, Use, Value
+from tapeline.tape.graph import (
+    ARGUMENT,
+    BUFFER,
+    OWN_GENERATOR,
+    UNKNOWN,
+    WRITES_SOURCE,
+    Geometry,
+    Op,
+    Pack,
+    Source,
+    Tape,
+    Use,
+    Value,
+    uses,
+)
 from tapeline.tape.sources import has_storage, module_sources, tensor_leaves
 from tapeline.tape.values import ValueTable
 from tapeline.tape.watch import CallWatch
 
 aten = torch.ops.aten
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, Enum, type)
+DRAWS_NUMBERS = "it draws from the generators of Python or NumPy"
 _READS_VALUES = {aten._local_scalar_dense.default, aten.equal.default}
 _COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional", "fsdp")
 _UNANNOTATED_WRITES = {"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"}  # they update running statistics
@@ -64,7 +81,10 @@ class Recorder(TorchDispatchMode):
         self.table = ValueTable(self.tape)
         self._region: _Region | None = None
         self._watch = CallWatch(
-            {id(part): name for name, part in module.named_modules()}, self._begin_function, self._end_function
+            {id(part): name for name, part in module.named_modules()},
+            self._begin_function,
+            self._end_function,
+            self._values_read,
         )
         self._parameters: dict[int, nn.Parameter] = {}
         for source, tensor in module_sources(module):
@@ -76,15 +96,20 @@ class Recorder(TorchDispatchMode):
             self._add_argument(tensor, place)
         self._cached_dtypes = _cached_dtypes()
         self._first_node = _count_nodes()
+        self._numbers: tuple[Any, ...] = ()
 
     def __enter__(self) -> Recorder:
         super().__enter__()  # type: ignore[no-untyped-call]
         self._first_node = _count_nodes()
-        self._watch.__enter__()
+        if not self._watch.start():
+            self.refuse("a profiler is running, so that Functions cannot be seen")
+        self._numbers = _number_generators()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._watch.__exit__(*exc)
+        self._watch.stop()
+        if _number_generators() != self._numbers:
+            self.refuse(DRAWS_NUMBERS)
         self.tape.num_nodes = _count_nodes() - self._first_node
         super().__exit__(*exc)  # type: ignore[no-untyped-call]
 
@@ -140,6 +165,8 @@ class Recorder(TorchDispatchMode):
         if func is aten.lift_fresh.default and self._note_constant(args[0]):
             return func(*args, **kwargs)
         operands = list(_tensors((args, kwargs)))
+        if getattr(getattr(func, "_overloadpacket", None), "__name__", "") in _CHANGES_STORAGE:
+            self.refuse(f"it changes the size of a storage ({func})")
         spec, reads = (self._spec(args), self._spec(kwargs)), [self._value(tensor) for tensor in operands]
         versions = [0 if tensor.is_inference() else tensor._version for tensor in operands]
         out = func(*args, **kwargs)
@@ -148,10 +175,10 @@ class Recorder(TorchDispatchMode):
         fresh = [(place, tensor) for place, tensor in enumerate(outputs) if self.table.find(tensor) is None]
         if not wrote and any(t._version != v for t, v in zip(operands, versions, strict=True) if not t.is_inference()):
             self.refuse(f"{func} writes without saying so")
-        if func in _READS_VALUES and reads:
+        if reads and (func in _READS_VALUES or (isinstance(out, bool | int | float) and not _is_about_shape(func))):
             self.refuse(f"it reads the values of tensors ({func})")
         if fresh or wrote:
-            op = Op(len(self.tape.ops), func, *spec, tuple(dict.fromkeys(value.index for value in reads)))
+            op = Op(len(self.tape.ops), func, *spec, tuple(dict.fromkeys(use.value for use in uses(spec))))
             op.flops = count_flops(func, args, kwargs, out)
             op.is_random = is_random(func, args, kwargs)
             op.num_outputs = len(outputs)
@@ -175,11 +202,13 @@ class Recorder(TorchDispatchMode):
                 value.is_last = value.is_last and not (value.source is not None and value.source.kind == BUFFER)
         op.writes = tuple(value.index for value in written)
         makes = [self.table.overwrite(tensor, op.index) for tensor in wrote]
-        makes += [
-            self.table.add(tensor, producer=op.index, output=place)
-            for place, tensor in fresh
-            if self.table.find(tensor) is None  # two outputs may share a storage
-        ]
+        for before, after, tensor in zip(written, makes, wrote, strict=True):
+            is_whole = name in _OVERWRITES and tensor.nbytes == before.num_bytes
+            after.is_unseen = before.is_unseen and not is_whole
+        for place, tensor in fresh:
+            if self.table.find(tensor) is None:  # two outputs may share a storage
+                makes.append(self.table.add(tensor, producer=op.index, output=place))
+                makes[-1].is_unseen = name in _UNINITIALISED
         op.makes = tuple(value.index for value in makes)
         for value, tensor in zip(makes, (*wrote, *(tensor for _, tensor in fresh)), strict=False):
             self.made(value, tensor)
@@ -191,22 +220,20 @@ class Recorder(TorchDispatchMode):
             return "a higher-order operator"
         if op.func.namespace in _COLLECTIVES:
             return "a collective"
-        if name in _CHANGES_STORAGE:
-            self.refuse(f"it changes the size of a storage ({op.func})")
         if torch.Tag.dynamic_output_shape in op.func.tags and not _is_plain_index(op):
             self.refuse(f"shapes depend on the values of tensors ({op.func})")
         if name in _UNANNOTATED_WRITES or any(self.table.root(self._value(t)).source is not None for t in wrote):
             return WRITES_SOURCE
         if op.kwargs.get("generator") is not None:
-            return "it draws from a generator of its own"
+            return OWN_GENERATOR
         return ""
 
     def _must_be_seen(self, value: Value) -> None:
-        """Memory that is read before any op has written it was filled by a kernel that the dispatcher does not show."""
-        if value.producer is not None and value.producer < len(self.tape.ops):
-            op = self.tape.ops[value.producer]
-            if not op.is_function and value.previous is None and _short_name(op.func) in _UNINITIALISED:
-                op.obstacle = "memory that a kernel out of sight may have filled"
+        """Memory that is read before ops have written all of it was filled by a kernel that the dispatcher does not show."""
+        if value.is_unseen:
+            first = self.table.root(value)
+            assert first.producer is not None, "made by an op"
+            self.tape.ops[first.producer].obstacle = "memory that a kernel out of sight may have filled"
 
     def _note_constant(self, tensor: torch.Tensor) -> bool:
         """``torch.tensor(3.0)`` in a forward: a number that is written in the code."""
@@ -226,7 +253,7 @@ class Recorder(TorchDispatchMode):
         for tensor in operands:
             self._must_be_seen(self._value(tensor))
         self._region = region = _Region(func, operands, self._spec(args))
-        if not all(isinstance(arg, torch.Tensor | _PLAIN) for arg in _flat(args)):
+        if not all(isinstance(arg, (torch.Tensor, *_PLAIN)) for arg in _flat(args)):
             region.obstacle = "a Function that takes objects"
         if any(isinstance(arg, list | tuple | dict) and tensor_leaves(arg) for arg in args):
             region.obstacle = "a Function that takes tensors inside containers"
@@ -235,7 +262,7 @@ class Recorder(TorchDispatchMode):
         region, self._region = self._region, None
         assert region is not None, "a Function ends that has begun"
         index, outputs = len(self.tape.ops), list(_tensors(out))
-        op = Op(index, region.func, region.args, {}, tuple(dict.fromkeys(use.value for use in _uses(region.args))))
+        op = Op(index, region.func, region.args, {}, tuple(dict.fromkeys(use.value for use in uses(region.args))))
         op.module, op.kind, op.flops = self._watch.modules[-1], MATMUL if region.flops else OTHER, region.flops
         op.is_function, op.is_random, op.obstacle = True, region.is_random, region.obstacle
         op.grad_flags, op.has_grad, op.num_outputs = region.flags, region.has_grad, len(outputs)
@@ -255,6 +282,13 @@ class Recorder(TorchDispatchMode):
                 known.output, known.base = place, Geometry.of(tensor)
         op.makes = tuple(dict.fromkeys(value.index for value in (*makes, *region.saved)))
         op.moved_bytes = sum(self.tape.values[value].num_bytes for value in (*op.reads, *op.makes))
+
+    def _values_read(self, name: str) -> None:
+        """Values have left through Python, where nothing follows them."""
+        if self._region is None:
+            self.refuse(f"it reads the values of tensors (Tensor.{name})")
+        elif name == "tolist":
+            self._region.obstacle = "a Function that reads the values of tensors"
 
     # -- values ----------------------------------------------------------------------------------------------------
 
@@ -331,6 +365,20 @@ def _short_name(func: Any) -> str:
     return str(packet.__name__) if packet is not None else str(func)
 
 
+def _number_generators() -> tuple[Any, ...]:
+    """The state of the generators of Python and NumPy: what they give is baked into the tape as a number."""
+    state: Any = np.random.get_state(legacy=False)  # noqa: NPY002 - the one that models draw from
+    return random.getstate(), state["state"]["key"].tobytes(), state["state"]["pos"]
+
+
+def _is_about_shape(func: Any) -> bool:
+    """Whether an op that returns a number looks at the shape of a tensor, and not into it."""
+    name = _short_name(func)
+    return func.namespace != "aten" or name.startswith(
+        ("sym_", "is_", "size", "stride", "numel", "dim", "storage_offset")
+    )
+
+
 def _is_plain_index(op: Op) -> bool:
     """``x[i]`` has a shape that depends on values only if an index is a mask."""
     return _short_name(op.func) == "index" and op.args[1] is not None
@@ -353,14 +401,6 @@ def _cached_dtypes() -> set[torch.dtype]:
     accelerator = torch.accelerator.current_accelerator()
     kinds = ["cpu", accelerator.type] if accelerator is not None else ["cpu"]
     return {torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
-
-
-def _uses(arguments: Any) -> Iterator[Use]:
-    if isinstance(arguments, Use):
-        yield arguments
-    elif isinstance(arguments, list | tuple):
-        for item in arguments:
-            yield from _uses(item)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

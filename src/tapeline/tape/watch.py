@@ -11,11 +11,13 @@ from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.autograd import Function
 
 _APPLY: CodeType = Function.apply.__func__.__code__  # type: ignore[attr-defined]
 _CALL_MODULE: CodeType = nn.Module._call_impl.__code__
+_READS = {"tolist", "numpy", "__array__", "__dlpack__", "data_ptr"}
 
 
 class CallWatch:
@@ -25,6 +27,7 @@ class CallWatch:
         names: names of the modules to tell apart, by `id`.
         on_apply: called as ``on_apply(cls, args)`` before the forward of an outermost Function.
         on_return: called with what ``apply`` returned, ``None`` after an exception.
+        on_read: called with the name of a method by which the values of a tensor leave for Python.
     """
 
     def __init__(
@@ -32,36 +35,54 @@ class CallWatch:
         names: dict[int, str],
         on_apply: Callable[[type, tuple[Any, ...]], None],
         on_return: Callable[[Any], None],
+        on_read: Callable[[str], None],
     ) -> None:
-        self.names, self.on_apply, self.on_return = names, on_apply, on_return
+        self.names, self.on_apply, self.on_return, self.on_read = names, on_apply, on_return, on_read
         self.modules: list[str] = [""]
         """Names of the modules that run, outermost first."""
         self.depth = 0
         """How many Functions are being applied, one inside the other."""
         self._before: Any = None
 
-    def __enter__(self) -> CallWatch:
+    def start(self) -> bool:
+        """Begin to watch; returns whether that is possible: a profiler written in C cannot be shared with."""
         self._before = sys.getprofile()
+        if self._before is not None and not callable(self._before):
+            return False
         sys.setprofile(self._notice)
-        return self
+        return True
 
-    def __exit__(self, *exc: object) -> None:
-        sys.setprofile(self._before)
+    def stop(self) -> None:
+        """Leave everything as it was."""
+        if sys.getprofile() == self._notice:
+            sys.setprofile(self._before)
 
     def _notice(self, frame: FrameType, event: str, value: Any) -> None:
-        if event == "call":
-            if frame.f_code is _CALL_MODULE:
-                self.modules.append(self.names.get(id(frame.f_locals["self"]), self.modules[-1]))
-            elif frame.f_code is _APPLY:
-                self.depth += 1
-                if self.depth == 1:
-                    self.on_apply(frame.f_locals["cls"], frame.f_locals["args"])
-        elif event == "return":
-            if frame.f_code is _CALL_MODULE:
-                self.modules.pop()
-            elif frame.f_code is _APPLY:
-                self.depth -= 1
-                if self.depth == 0:
-                    self.on_return(value)
+        if event == "c_call":
+            self._notice_read(value)
+        elif frame.f_code is _CALL_MODULE:
+            self._notice_module(frame, event)
+        elif frame.f_code is _APPLY:
+            self._notice_function(frame, event, value)
         if self._before is not None:
             self._before(frame, event, value)
+
+    def _notice_module(self, frame: FrameType, event: str) -> None:
+        if event == "call":
+            self.modules.append(self.names.get(id(frame.f_locals["self"]), self.modules[-1]))
+        elif event == "return":
+            self.modules.pop()
+
+    def _notice_function(self, frame: FrameType, event: str, value: Any) -> None:
+        if event == "call":
+            self.depth += 1
+            if self.depth == 1:
+                self.on_apply(frame.f_locals["cls"], frame.f_locals["args"])
+        elif event == "return":
+            self.depth -= 1
+            if self.depth == 0:
+                self.on_return(value)
+
+    def _notice_read(self, function: Any) -> None:
+        if function.__name__ in _READS and isinstance(getattr(function, "__self__", None), torch.Tensor):
+            self.on_read(function.__name__)
