@@ -103,7 +103,8 @@ class BlockChoice:
 
 def choose(graph: BlockGraph, policy: Policy) -> BlockChoice:
     """The best choice for one tape under a policy."""
-    held = _hold_all(graph) if policy.keeps_all else _cut(graph, policy)
+    is_open = any(graph.values[value].must_drop for value in graph.saved)
+    held = _hold_all(graph) if policy.keeps_all and not is_open else _cut(graph, policy)
     return _scheduled(graph, held, policy.rerun)
 
 
@@ -131,12 +132,8 @@ def _dominates(one: BlockChoice, other: BlockChoice) -> bool:
 
 
 def _hold_all(graph: BlockGraph) -> frozenset[int]:
-    """Everything that backward needs and that is not there anyway, but for what must be dropped."""
-    held = frozenset(v for v in graph.saved if not (graph.values[v].is_free or graph.values[v].must_drop))
-    targets = [v for v in graph.saved if graph.values[v].must_drop]
-    if not all(graph.steps[step].can_replay for step in steps_for(graph, held, targets)):
-        raise ValueError("what must be dropped cannot be made again")
-    return held
+    """Everything that backward needs and that is not there anyway."""
+    return frozenset(v for v in graph.saved if not graph.values[v].is_free)
 
 
 # -- the cut -------------------------------------------------------------------------------------------------------

@@ -173,10 +173,11 @@ class BlockSeam:
         recorder = Recorder(self.module, (invocation.args, invocation.kwargs))
         late: list[Late] = []
 
-        def pack(tensor: torch.Tensor) -> Late:
+        def pack(tensor: torch.Tensor) -> Any:
             recorder.pack(tensor)
             late.append(Late(tensor))
-            return late[-1]
+            # hooks of somebody else get what is saved now, before it may be overwritten: all of it, this once
+            return late[-1] if foreign is None else keep(tensor, foreign)
 
         with saved_tensors_hooks(pack, unpack), recorder:
             out = invocation.run()
@@ -190,7 +191,7 @@ class BlockSeam:
             self._note_reason(known.reason)
             rerun = self._rerun(known, invocation, ambient)
             for number, (place, tensor) in enumerate(zip(places, saved, strict=True)):
-                place.packed = (rerun and rerun.drop(number, tensor)) or keep(tensor, foreign)
+                place.settle((rerun and rerun.drop(number, tensor)) or keep(tensor))
             self.chain.note(None, None)
             return out
         if audited is not None and audited.known.tape is not None and audited.known.tape.digest != tape.digest:
@@ -200,7 +201,7 @@ class BlockSeam:
         self.library.expected[self._kind(), key[1:], self.policy] = recipe
         frame = Frame(self.name, recipe, self.find(prepared.getters, tensors), ambient, foreign)
         for place, tensor in zip(places, saved, strict=True):
-            place.packed = frame.place(tensor)
+            place.settle(frame.place(tensor))
         self._cast_versions[key] = frame.versions
         is_complete = frame.complete()
         assert is_complete, "nothing has run since the call was recorded"

@@ -276,6 +276,12 @@ class Late:
         self.packed: Any = (tensor, tensor._version)
         self.is_unpacked = False
 
+    def settle(self, packed: Any) -> None:
+        """Put in place what is to be kept of it; what stays as it is has the version that it had when it was saved."""
+        version = self.packed[1]
+        is_tensor = type(packed) is tuple and isinstance(packed[0], torch.Tensor)
+        self.packed = (packed[0], version) if is_tensor else packed
+
 
 class _Kept:
     """A tensor that the hook pair of somebody else has packed."""

@@ -268,7 +268,7 @@ def _check_blocks(model: nn.Module, plan: Plan) -> None:
             raise UsageError(
                 f"The plan is for another model: it has no block {block.name!r}{did_you_mean(block.name, modules)}."
             )
-        if type(module).__name__ != block.kind:
+        if block.kind not in {cls.__name__ for cls in type(module).__mro__}:  # FSDP2 derives a class from it
             raise UsageError(
                 f"The plan is for another model: block {block.name!r} is a {type(module).__name__}, planned as {block.kind}."
             )
