@@ -686,7 +686,7 @@ def test_backward_inside_the_autocast_context(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_an_optimizer_step_inside_one_autocast_context(mode: str) -> None:
-    """The untouched model goes on with the stale copies in the cache: so must the replay."""
+    """The untouched model goes on with the stale copies in the cache; a replay would cast the new weights: an error."""
     with compared(plain, mode) as pair:
         optimizers = {model: torch.optim.SGD(model.parameters(), lr=0.01) for model in (pair.untouched, pair.managed)}
 
@@ -697,7 +697,8 @@ def test_an_optimizer_step_inside_one_autocast_context(mode: str) -> None:
                     pair.loss(model).backward()
                     optimizers[model].step()
 
-        pair.check(run)
+        with pytest.raises(PlanDriftError, match="autocast context"):
+            pair.check(run)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -1367,7 +1368,7 @@ def test_blocks_of_all_sorts(mode: str, name: str) -> None:
             pair.check(seed=seed)
         pair.batch = (torch.randn(4, 6, WIDTH).transpose(0, 1).contiguous().transpose(0, 1),)
         pair.check()
-        assert pair.num_replayed_ops
+        assert name == "complex_numbers" or pair.num_replayed_ops
         assert not pair.num_drifts
         assert not pair.session._library.failures
 

@@ -399,4 +399,4 @@ def test_profiling_goes_on_as_before() -> None:
         tape = record(lambda part, x: Function.apply(x, part.linear.bias, 1.0))
     finally:
         profile.disable()
-    assert names(tape) == ["Function"]
+    assert "profiler" in tape.obstacle  # Functions cannot be told apart then: nothing is replayed from this tape
