@@ -6,12 +6,9 @@ It holds no tensor: recording a call needs no more memory than the call.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
 from enum import Enum
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -32,6 +29,16 @@ from tapeline.tape.graph import (
     Use,
     Value,
     uses,
+)
+from tapeline.tape.ops import (
+    cached_dtypes,
+    flat,
+    is_about_shape,
+    is_plain_index,
+    number_generators,
+    short_name,
+    tensors,
+    written,
 )
 from tapeline.tape.sources import has_storage, module_sources, tensor_leaves
 from tapeline.tape.values import ValueTable
@@ -94,7 +101,7 @@ class Recorder(TorchDispatchMode):
                 self.table.add(tensor, source=source)
         for place, tensor in enumerate(tensor_leaves(arguments)):
             self._add_argument(tensor, place)
-        self._cached_dtypes = _cached_dtypes()
+        self.cached_dtypes = cached_dtypes()
         self._first_node = _count_nodes()
         self._numbers: tuple[Any, ...] = ()
 
@@ -103,12 +110,12 @@ class Recorder(TorchDispatchMode):
         self._first_node = _count_nodes()
         if not self._watch.start():
             self.refuse("a profiler is running, so that Functions cannot be seen")
-        self._numbers = _number_generators()
+        self._numbers = number_generators()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._watch.stop()
-        if _number_generators() != self._numbers:
+        if number_generators() != self._numbers:
             self.refuse(DRAWS_NUMBERS)
         self.tape.num_nodes = _count_nodes() - self._first_node
         super().__exit__(*exc)  # type: ignore[no-untyped-call]
@@ -166,18 +173,18 @@ class Recorder(TorchDispatchMode):
             return out
         if func is aten.lift_fresh.default and self._note_constant(args[0]):
             return func(*args, **kwargs)
-        operands = list(_tensors((args, kwargs)))
+        operands = list(tensors((args, kwargs)))
         if getattr(getattr(func, "_overloadpacket", None), "__name__", "") in _CHANGES_STORAGE:
             self.refuse(f"it changes the size of a storage ({func})")
         spec, reads = (self._spec(args), self._spec(kwargs)), [self._value(tensor) for tensor in operands]
         versions = [0 if tensor.is_inference() else tensor._version for tensor in operands]
         out = func(*args, **kwargs)
-        wrote = list(_written(func, args, kwargs))
-        outputs = list(_tensors(out))
+        wrote = list(written(func, args, kwargs))
+        outputs = list(tensors(out))
         fresh = [(place, tensor) for place, tensor in enumerate(outputs) if self.table.find(tensor) is None]
         if not wrote and any(t._version != v for t, v in zip(operands, versions, strict=True) if not t.is_inference()):
             self.refuse(f"{func} writes without saying so")
-        if reads and (func in _READS_VALUES or (isinstance(out, bool | int | float) and not _is_about_shape(func))):
+        if reads and (func in _READS_VALUES or (isinstance(out, bool | int | float) and not is_about_shape(func))):
             self.refuse(f"it reads the values of tensors ({func})")
         if fresh or wrote:
             op = Op(len(self.tape.ops), func, *spec, tuple(dict.fromkeys(use.value for use in uses(spec))))
@@ -191,7 +198,7 @@ class Recorder(TorchDispatchMode):
     def _note(
         self, op: Op, reads: list[Value], wrote: list[torch.Tensor], fresh: list[tuple[int, torch.Tensor]]
     ) -> None:
-        name = _short_name(op.func)
+        name = short_name(op.func)
         op.module, op.kind = self._watch.modules[-1], op_class(op.func)
         self.tape.ops.append(op)
         op.obstacle = self._obstacle(op, name, wrote)
@@ -222,7 +229,7 @@ class Recorder(TorchDispatchMode):
             return "a higher-order operator"
         if op.func.namespace in _COLLECTIVES:
             return "a collective"
-        if torch.Tag.dynamic_output_shape in op.func.tags and not _is_plain_index(op):
+        if torch.Tag.dynamic_output_shape in op.func.tags and not is_plain_index(op):
             self.refuse(f"shapes depend on the values of tensors ({op.func})")
         if name in _UNANNOTATED_WRITES or any(self.table.root(self._value(t)).source is not None for t in wrote):
             return WRITES_SOURCE
@@ -255,7 +262,7 @@ class Recorder(TorchDispatchMode):
         for tensor in operands:
             self._must_be_seen(self._value(tensor))
         self._region = region = _Region(func, operands, self._spec(args))
-        if not all(isinstance(arg, (torch.Tensor, *_PLAIN)) for arg in _flat(args)):
+        if not all(isinstance(arg, (torch.Tensor, *_PLAIN)) for arg in flat(args)):
             region.obstacle = "a Function that takes objects"
         if any(isinstance(arg, list | tuple | dict) and tensor_leaves(arg) for arg in args):
             region.obstacle = "a Function that takes tensors inside containers"
@@ -263,7 +270,7 @@ class Recorder(TorchDispatchMode):
     def _end_function(self, out: Any) -> None:
         region, self._region = self._region, None
         assert region is not None, "a Function ends that has begun"
-        index, outputs = len(self.tape.ops), list(_tensors(out))
+        index, outputs = len(self.tape.ops), list(tensors(out))
         op = Op(index, region.func, region.args, {}, tuple(dict.fromkeys(use.value for use in uses(region.args))))
         op.module, op.kind, op.flops = self._watch.modules[-1], MATMUL if region.flops else OTHER, region.flops
         op.is_function, op.is_random, op.obstacle = True, region.is_random, region.obstacle
@@ -321,13 +328,13 @@ class Recorder(TorchDispatchMode):
 
     def _note_cast(self, read: Value, made: Value) -> None:
         """Autocast may find this cast of a parameter in its cache the next time; then it makes no node."""
-        if read.requires_grad and read.source is not None and made.base.dtype in self._cached_dtypes:
+        if read.requires_grad and read.source is not None and made.base.dtype in self.cached_dtypes:
             self.tape.cached_casts += read.base.dtype == torch.float32
 
     def _cached_cast(self, tensor: torch.Tensor) -> Value | None:
         """A copy of a parameter that autocast has kept from an earlier call: as if it were cast here."""
         node = tensor.grad_fn
-        if node is None or not self._cached_dtypes or node.name() != "ToCopyBackward0":
+        if node is None or not self.cached_dtypes or node.name() != "ToCopyBackward0":
             return None
         parameter = self._parameters.get(id(getattr(node.next_functions[0][0], "variable", None)))
         if parameter is None or Geometry.of(parameter).stride != Geometry.of(tensor).stride:
@@ -360,68 +367,3 @@ def _see_inside(region: _Region, func: Any, args: Any, kwargs: Any, out: Any) ->
         region.obstacle = "a Function that reads the values of tensors"
     if getattr(func, "namespace", "") in _COLLECTIVES:
         region.obstacle = "a Function with a collective inside"
-
-
-def _short_name(func: Any) -> str:
-    packet = getattr(func, "_overloadpacket", None)
-    return str(packet.__name__) if packet is not None else str(func)
-
-
-def _number_generators() -> tuple[Any, ...]:
-    """The state of the generators of Python and NumPy: what they give is baked into the tape as a number."""
-    state: Any = np.random.get_state(legacy=False)  # noqa: NPY002 - the one that models draw from
-    return random.getstate(), state["state"]["key"].tobytes(), state["state"]["pos"]
-
-
-def _is_about_shape(func: Any) -> bool:
-    """Whether an op that returns a number looks at the shape of a tensor, and not into it."""
-    name = _short_name(func)
-    return func.namespace != "aten" or name.startswith(
-        ("sym_", "is_", "size", "stride", "numel", "dim", "storage_offset")
-    )
-
-
-def _is_plain_index(op: Op) -> bool:
-    """``x[i]`` has a shape that depends on values only if an index is a mask."""
-    return _short_name(op.func) == "index" and op.args[1] is not None
-
-
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
-    """The tensors that an op writes into."""
-    schema = getattr(func, "_schema", None)
-    if schema is None or not schema.is_mutable or torch.Tag.inplace_view in func.tags:
-        return
-    for place, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            yield from _tensors(args[place] if place < len(args) else kwargs.get(argument.name))
-
-
-def _cached_dtypes() -> set[torch.dtype]:
-    """The dtypes in which autocast keeps copies of parameters now."""
-    if not torch.is_autocast_cache_enabled():
-        return set()
-    accelerator = torch.accelerator.current_accelerator()
-    kinds = ["cpu", accelerator.type] if accelerator is not None else ["cpu"]
-    return {torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-
-
-def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, list | tuple):
-        for item in value:
-            yield from _flat(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _flat(item)
-    else:
-        yield value

@@ -1,0 +1,77 @@
+"""Facts about single ops and their arguments, as a dispatch mode sees them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from tapeline.tape.graph import Op
+
+
+def number_generators() -> tuple[Any, ...]:
+    """The state of the generators of Python and NumPy: what they give is baked into the tape as a number."""
+    state: Any = np.random.get_state(legacy=False)  # noqa: NPY002 - the one that models draw from
+    return random.getstate(), state["state"]["key"].tobytes(), state["state"]["pos"]
+
+
+def is_about_shape(func: Any) -> bool:
+    """Whether an op that returns a number looks at the shape of a tensor, and not into it."""
+    name = short_name(func)
+    return func.namespace != "aten" or name.startswith(
+        ("sym_", "is_", "size", "stride", "numel", "dim", "storage_offset")
+    )
+
+
+def is_plain_index(op: Op) -> bool:
+    """``x[i]`` has a shape that depends on values only if an index is a mask."""
+    return short_name(op.func) == "index" and op.args[1] is not None
+
+
+def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """The tensors that an op writes into."""
+    schema = getattr(func, "_schema", None)
+    if schema is None or not schema.is_mutable or torch.Tag.inplace_view in func.tags:
+        return
+    for place, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield from tensors(args[place] if place < len(args) else kwargs.get(argument.name))
+
+
+def cached_dtypes() -> set[torch.dtype]:
+    """The dtypes in which autocast keeps copies of parameters now."""
+    if not torch.is_autocast_cache_enabled():
+        return set()
+    accelerator = torch.accelerator.current_accelerator()
+    kinds = ["cpu", accelerator.type] if accelerator is not None else ["cpu"]
+    return {torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
+
+
+def tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors(item)
+
+
+def flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from flat(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from flat(item)
+    else:
+        yield value
+
+
+def short_name(func: Any) -> str:
+    packet = getattr(func, "_overloadpacket", None)
+    return str(packet.__name__) if packet is not None else str(func)
