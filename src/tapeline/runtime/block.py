@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from tapeline.compat import foreign_hooks, has_transforms
 from tapeline.planner.policy import Policy
 from tapeline.runtime.ambient import Ambient
+from tapeline.runtime.finding import Prepared, find_sources
 from tapeline.runtime.frame import Frame, Hooks, Late, keep, unpack
 from tapeline.runtime.guard import BlockGuard
 from tapeline.runtime.inputs import Chain, OutputRecipe, RebuiltInput
@@ -31,16 +31,6 @@ _MAX_DRIFTS = 3
 _MAX_CLASSES = 64
 _MAX_CHANGES = 2
 RUNS_BACKWARD = "it runs backward inside its forward"
-
-
-@dataclass(slots=True)
-class Prepared:
-    """A class of calls with the recipe of this block's policy."""
-
-    known: CallClass
-    recipe: Recipe | None
-    getters: list[Getter | int]
-    """How to find each source: a function, or the place among the tensors of the arguments."""
 
 
 class BlockSeam:
@@ -142,7 +132,7 @@ class BlockSeam:
         """As recorded: keep and drop what the recipe says."""
         assert prepared.recipe is not None, "checked by the caller"
         ambient = Ambient(tensors)
-        sources = self.find(prepared.getters, tensors, rebuilt)
+        sources = find_sources(prepared.getters, tensors, rebuilt)
         frame = Frame(self.name, prepared.recipe, sources, ambient, foreign, rebuilt)
         before = self._versions(invocation)
         with saved_tensors_hooks(frame.pack, unpack):
@@ -199,7 +189,7 @@ class BlockSeam:
         recipe = verify(self, tape, saved, tensors, ambient, always=audited is not None)
         prepared = self._prepared[key] = Prepared(known, recipe, self.getters(recipe.sources))
         self.library.expected[self._kind(), key[1:], self.policy] = recipe
-        frame = Frame(self.name, recipe, self.find(prepared.getters, tensors), ambient, foreign)
+        frame = Frame(self.name, recipe, find_sources(prepared.getters, tensors), ambient, foreign)
         for place, tensor in zip(places, saved, strict=True):
             place.settle(frame.place(tensor))
         self._cast_versions[key] = frame.versions
@@ -219,7 +209,7 @@ class BlockSeam:
         ambient = Ambient(tensors)
         recorder = Recorder(self.module, (invocation.args, invocation.kwargs))
         getters = self.getters(recipe.sources)
-        frame = Frame(self.name, recipe, self.find(getters, tensors), ambient, foreign)
+        frame = Frame(self.name, recipe, find_sources(getters, tensors), ambient, foreign)
 
         before = self._versions(invocation)
 
@@ -354,20 +344,6 @@ class BlockSeam:
         """How to find each source in a call of this block."""
         return [source.place if source.kind == ARGUMENT else getter(self.module, source) for source in sources]
 
-    def find(
-        self, getters: list[Getter | int], tensors: list[torch.Tensor], rebuilt: RebuiltInput | None = None
-    ) -> list[torch.Tensor | RebuiltInput]:
-        """The sources of a call, under aliases that later changes of the originals do not reach."""
-        found: list[torch.Tensor | RebuiltInput] = []
-        for place in getters:
-            if not isinstance(place, int):
-                found.append(_alias(place()))
-            elif place == 0 and rebuilt is not None:
-                found.append(rebuilt)
-            else:
-                found.append(tensors[place].detach())
-        return found
-
     def _rebuilt(self, tensors: list[torch.Tensor]) -> RebuiltInput | None:
         match = self.chain.match(tensors[0] if tensors else None)
         self.num_chained += match is not None
@@ -389,7 +365,7 @@ class BlockSeam:
         program = self.library.output_program(recipe) if self.feeds_next else None
         if program is not None and recipe.tape.digest in self.library.verified_outputs:
             found = self.getters(self.library.all_sources(recipe.tape))
-            output = OutputRecipe(self.name, program, self.find(found, tensors, rebuilt), ambient)
+            output = OutputRecipe(self.name, program, find_sources(found, tensors, rebuilt), ambient)
         self.chain.note(out, output)
 
     def _casts_are_current(self, key: Any, frame: Frame) -> bool:
@@ -416,8 +392,3 @@ class BlockSeam:
     def _note_reason(self, reason: str) -> None:
         if reason:
             self.reasons.setdefault(reason)
-
-
-def _alias(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory under another tensor, which keeps it when the original is given new data (``p.data = ...``)."""
-    return tensor.detach() if type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer) else tensor

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tapeline.runtime.ambient import Ambient
+from tapeline.runtime.finding import find_sources
 from tapeline.runtime.frame import Frame
 from tapeline.runtime.replaying import replay
 from tapeline.tape.graph import ARGUMENT, Tape
@@ -64,7 +65,7 @@ def verify_outputs(seam: BlockSeam, recipe: Recipe, out: Any, tensors: list[torc
     program = library.output_program(recipe)
     if program is None or recipe.tape.digest in library.verified_outputs:
         return
-    sources = seam.find(seam.getters(library.all_sources(recipe.tape)), tensors)
+    sources = find_sources(seam.getters(library.all_sources(recipe.tape)), tensors)
     try:
         results = replay(seam.name, program, [s for s in sources if isinstance(s, torch.Tensor)], (), ambient)
     except ReplayFailedError as error:
@@ -80,7 +81,7 @@ def verify_outputs(seam: BlockSeam, recipe: Recipe, out: Any, tensors: list[torc
 def _wrong_values(
     seam: BlockSeam, recipe: Recipe, saved: list[torch.Tensor], tensors: list[torch.Tensor], ambient: Ambient
 ) -> list[int]:
-    sources = seam.find(seam.getters(recipe.sources), tensors)
+    sources = find_sources(seam.getters(recipe.sources), tensors)
     frame = Frame(seam.name, recipe, sources, ambient)
     for tensor in saved:
         frame.place(tensor)

@@ -1,0 +1,43 @@
+"""A recipe in the hands of one block: how its sources are found in a call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from tapeline.runtime.inputs import RebuiltInput
+from tapeline.runtime.library import CallClass
+from tapeline.tape.program import Recipe
+from tapeline.tape.sources import Getter
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A class of calls with the recipe of this block's policy."""
+
+    known: CallClass
+    recipe: Recipe | None
+    getters: list[Getter | int]
+    """How to find each source: a function, or the place among the tensors of the arguments."""
+
+
+def find_sources(
+    getters: list[Getter | int], tensors: list[torch.Tensor], rebuilt: RebuiltInput | None = None
+) -> list[torch.Tensor | RebuiltInput]:
+    """The sources of a call, under aliases that later changes of the originals do not reach."""
+    found: list[torch.Tensor | RebuiltInput] = []
+    for place in getters:
+        if not isinstance(place, int):
+            found.append(_alias(place()))
+        elif place == 0 and rebuilt is not None:
+            found.append(rebuilt)
+        else:
+            found.append(tensors[place].detach())
+    return found
+
+
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory under another tensor, which keeps it when the original is given new data (``p.data = ...``)."""
+    return tensor.detach() if type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer) else tensor
