@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -349,7 +351,16 @@ def _bare_calls(phase: Phase) -> list[tuple[Any, Any, Any]]:
 
         return call
 
-    calls = tuple(replace(call, func=noting(call.func)) for call in phase.program.calls)
+    function: Any = phase.program.function
+    noted = FunctionType(
+        function.__code__,
+        function.__globals__,
+        argdefs=tuple(noting(value) if isinstance(value, _CALLED) else value for value in function.__defaults__),
+    )
     with torch.no_grad():
-        run_program(replace(phase.program, calls=calls), phase.sources, phase.roots)
+        run_program(replace(phase.program, function=noted), phase.sources, phase.roots)
     return found
+
+
+_CALLED = (torch._ops.OpOverload, BuiltinFunctionType, partial)
+"""What a generated function calls: ops, their inner functions, and Python autograd Functions."""

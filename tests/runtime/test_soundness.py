@@ -1248,6 +1248,84 @@ def _grad(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
 twice_sin.register_autograd(_grad, setup_context=_save)
 
 
+@torch.library.custom_op("tapeline_tests::by_pointer", mutates_args=())
+def by_pointer(x: torch.Tensor) -> torch.Tensor:
+    """An op whose kernel leaves torch, as those that call into a library of their own do."""
+    assert x.data_ptr()
+    return torch.from_numpy(x.detach().numpy() * 2.0)
+
+
+by_pointer.register_fake(lambda x: torch.empty_like(x))
+by_pointer.register_autograd(lambda ctx, grad: 2 * grad)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_the_kernel_of_an_op_does_is_its_own_business(mode: str) -> None:
+    with compared(lambda b, x: b.down(by_pointer(b.up(x)).sin()), mode) as pair:
+        for seed in range(2):
+            pair.check(seed=seed)
+        assert pair.num_replayed_ops
+        assert not any(seam.reasons for seam in pair.seams)
+
+
+class Quantised:
+    """What belongs to a weight: its scales, and a number that its kernel needs."""
+
+    def __init__(self, scale: torch.Tensor) -> None:
+        self.inner = types.SimpleNamespace(scale=scale)
+        self.bits = 4
+
+
+class Dequantising(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, state: Quantised) -> torch.Tensor:
+        ctx.weight, ctx.state = weight, state
+        return x @ (weight * state.inner.scale * state.bits)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return grad @ (ctx.weight * ctx.state.inner.scale * ctx.state.bits).t(), None, None
+
+
+def quantised_stack() -> Stack:
+    model = Stack(lambda b, x: x + b.down(Dequantising.apply(b.up(x), b.mix, b.state).sin()))
+    for layer in model.layers:
+        layer.mix = nn.Parameter(torch.rand(2 * WIDTH, 2 * WIDTH) - 0.5, requires_grad=False)
+        layer.state = Quantised(torch.rand(2 * WIDTH))
+    return model
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_functions_that_are_given_the_state_of_a_weight_are_replayed(mode: str) -> None:
+    with compared(quantised_stack(), mode) as pair:
+        for seed in range(2):
+            pair.check(seed=seed)
+        assert pair.num_replayed_ops
+        tapes = [known.tape for seam in pair.seams[1:] for known in seam.records.classes.values()]
+        assert len({tape.digest for tape in tapes}) == 1
+
+        def fewer_bits(layer: Any) -> None:
+            layer.state.bits = 2
+
+        pair.change(fewer_bits)
+        pair.check()
+        pair.check()
+        pair.change(lambda layer: setattr(layer, "state", Quantised(torch.full((2 * WIDTH,), 0.3))))
+        pair.check()
+        assert not pair.num_drifts
+
+
+@pytest.mark.parametrize("mode", ["recompute", "segments:2"])
+def test_a_scale_of_a_weight_that_changes_before_backward_is_an_error(mode: str) -> None:
+    with compared(quantised_stack(), mode) as pair:
+        pair.check()
+        loss = pair.loss(pair.managed)
+        with torch.no_grad():
+            pair.managed.layers[1].state.inner.scale.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
 # -- 9. writes, views, several outputs -----------------------------------------------------------------------------
 
 

@@ -182,8 +182,6 @@ class Writes(Reads):
     ("run", "reason"),
     [
         (lambda part, x: Reads.apply(x), "reads the values"),
-        (lambda part, x: Draws.apply(x, object()), "takes objects"),
-        (lambda part, x: Draws.apply(x, [x.detach()]), "inside containers"),
         (lambda part, x: Writes.apply(x * 1.0), "writes into its arguments"),
         (lambda part, x: Draws.apply(x), ""),
     ],
@@ -192,6 +190,13 @@ def test_obstacles_of_functions(run: Any, reason: str) -> None:
     function = next(op for op in record(run).ops if op.is_function)
     assert reason in function.obstacle
     assert bool(reason) == bool(function.obstacle)
+
+
+@pytest.mark.parametrize("given", [object(), [torch.ones(WIDTH)]], ids=["object", "container"])
+def test_a_function_that_is_given_what_no_tape_can_name_is_recorded_op_by_op(given: Any) -> None:
+    tape = record(lambda part, x: Draws.apply(x, given).sin())
+    assert names(tape) == ["rand_like.default", "mul.Tensor", "sin.default"]
+    assert not tape.obstacle
 
 
 def test_recording_keeps_nothing_alive_and_forgets_what_dies() -> None:

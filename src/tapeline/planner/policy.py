@@ -19,6 +19,8 @@ class Policy:
     """Replay no matrix product and no attention, whatever the price."""
     rerun: float = 0.0
     """Replay time that may be spent again, as a share, so that the working set becomes smaller; ``inf``: no limit."""
+    has_output: bool = True
+    """What the block returns is there in backward whatever it holds; not so if the next block drops its input."""
 
     @property
     def keeps_all(self) -> bool:

@@ -107,7 +107,7 @@ class Plan:
         """Write the plan as JSON text."""
         data = asdict(self)
         for block in data["blocks"]:  # JSON knows no infinity
-            block["policy"] = {k: "inf" if v == math.inf else v for k, v in block["policy"].items()}
+            block["policy"] = {k: "inf" if v == math.inf else v for k, v in block["policy"].items() if k in _POLICY}
         return json.dumps(data, indent=2, allow_nan=False)
 
     @classmethod
@@ -170,6 +170,10 @@ def parse_mode(mode: str | bool) -> tuple[str, int | None]:
             f"In {mode!r}, k must be a whole number of at least 1: segments:4 keeps every 4th block input."
         )
     return name, int(length)
+
+
+_POLICY = ("price", "is_cheap", "rerun")
+"""What a plan says of a policy; the rest follows from the blocks around it."""
 
 
 def _block(data: dict[str, Any]) -> BlockPlan:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 _NUMBERS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, Enum, type)
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType, partial)
@@ -129,6 +130,10 @@ class Fingerprint:
                 self._hooks += [getattr(part, name) for name in _HOOKS]
             self._tensors += [(table, name) for table in (part._parameters, part._buffers) for name in table]
         found = [table[name] for table, name in self._tensors]
+        for tensor in found:
+            attached = {} if isinstance(tensor, FakeTensor) else getattr(tensor, "__dict__", {})
+            if not all(map(_is_plain, attached.values())):  # such as the quantisation state of a 4-bit weight
+                self._add(attached, frozenset(), _DEPTH)
         self._has_pointer = [tensor is not None and _has_pointer(tensor) for tensor in found]
         self.has_trainable = any(tensor is not None and tensor.requires_grad for tensor in found)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -105,7 +106,7 @@ def install_blocks(
         seam = BlockSeam(
             block.name,
             module,
-            block.policy,
+            replace(block.policy, has_output=block.name not in feeders),
             library,
             chain,
             drops_input=block.name in droppers,

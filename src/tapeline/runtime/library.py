@@ -13,7 +13,7 @@ from tapeline.errors import UsageError
 from tapeline.planner.block import choose
 from tapeline.planner.policy import Policy
 from tapeline.runtime.fingerprint import Fingerprint
-from tapeline.tape.graph import Op, Tape
+from tapeline.tape.graph import UNKNOWN, Op, Tape
 from tapeline.tape.options import Limits, block_graph
 from tapeline.tape.program import NotReplayable, Program, Recipe, compile_program, compile_recipe
 from tapeline.tape.rules import Rules
@@ -140,12 +140,12 @@ class Library:
         """The sources that any op of a tape reads."""
         read = {index for op in tape.ops for index in op.reads}
         sources = (tape.values[index].source for index in sorted(read))
-        return list(dict.fromkeys(source for source in sources if source is not None and source.kind != "unknown"))
+        return list(dict.fromkeys(source for source in sources if source is not None and source.kind != UNKNOWN))
 
     def _solve(self, tape: Tape, policy: Policy) -> Recipe:
         while True:
             limits = self._limits_of(tape)
-            graph = block_graph(tape, self.rates, limits)
+            graph = block_graph(tape, self.rates, limits, has_output=policy.has_output)
             try:
                 choice = choose(graph, policy)
             except ValueError as error:

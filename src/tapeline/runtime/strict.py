@@ -12,7 +12,7 @@ from tapeline.errors import PlanDriftError
 from tapeline.runtime.ambient import Ambient
 from tapeline.runtime.frame import keep
 from tapeline.runtime.replaying import replay
-from tapeline.tape.graph import ARGUMENT, Tape, Value
+from tapeline.tape.graph import ARGUMENT, UNKNOWN, Tape, Value
 from tapeline.tape.options import Limits, block_graph, can_replay
 from tapeline.tape.program import NotReplayable, Program, compile_program
 from tapeline.tape.record import Recorder
@@ -80,7 +80,7 @@ def _values_that_stay(tape: Tape, copies: dict[int, torch.Tensor]) -> set[int]:
 
 
 def _is_found(value: Value) -> bool:
-    return value.source is not None and value.is_last and value.source.kind != "unknown"
+    return value.source is not None and value.is_last and value.source.kind != UNKNOWN
 
 
 def _made_before(recorder: StrictRecorder, value: int) -> frozenset[int]:

@@ -26,7 +26,7 @@ class Limits:
     """Ops that must not be replayed, beyond those that say so themselves."""
 
 
-def block_graph(tape: Tape, rates: Rates, limits: Limits | None = None) -> BlockGraph:
+def block_graph(tape: Tape, rates: Rates, limits: Limits | None = None, *, has_output: bool = True) -> BlockGraph:
     """The choice problem of one tape.
 
     The random state is a value like any other: each random op reads it and makes the next one, so that replaying
@@ -36,11 +36,12 @@ def block_graph(tape: Tape, rates: Rates, limits: Limits | None = None) -> Block
         tape: the tape.
         rates: rates of the device that it runs on.
         limits: what is fixed.
+        has_output: what the call returns is held by others until backward.
     """
     limits = limits or Limits()
     saved = {pack.value for pack in tape.packs}
     narrow = narrowings(tape)
-    values = [_value(tape, value, saved, limits, narrow) for value in tape.values]
+    values = [_value(tape, value, saved, limits, narrow, has_output=has_output) for value in tape.values]
     random_state = len(values)
     values.append(BlockValue(num_bytes=0, producer=None, is_free=True))
     stale = {v.index for v in tape.values if not v.is_last and v.index in saved and v.producer is not None}
@@ -111,12 +112,14 @@ def is_input(value: Value) -> bool:
     return source is not None and source.kind == ARGUMENT and (source.place == 0 or value.requires_grad)
 
 
-def _value(tape: Tape, value: Value, saved: Collection[int], limits: Limits, narrow: Collection[int]) -> BlockValue:
+def _value(
+    tape: Tape, value: Value, saved: Collection[int], limits: Limits, narrow: Collection[int], *, has_output: bool
+) -> BlockValue:
     is_saved = value.index in saved
     made_here = value.producer is not None
     can_hold = (is_saved and made_here) or (is_input(value) and value.is_last) or value.index in narrow
     return BlockValue(
-        num_bytes=0 if value.is_output else value.num_bytes,
+        num_bytes=0 if value.is_output and has_output else value.num_bytes,
         producer=value.producer,
         is_free=is_free(value),
         can_hold=can_hold,

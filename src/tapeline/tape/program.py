@@ -11,7 +11,7 @@ import torch
 
 from tapeline.planner.block import BlockChoice, BlockGraph, steps_for
 from tapeline.tape.functions import run_function
-from tapeline.tape.graph import ARGUMENT, Geometry, Op, Source, Tape, Use, uses
+from tapeline.tape.graph import ARGUMENT, UNKNOWN, Geometry, Op, Source, Tape, Use, uses
 from tapeline.tape.options import narrowings
 from tapeline.tape.straight import Register, Replay, Writer
 
@@ -278,7 +278,7 @@ class _Compiler:
         if value in self.registers:
             return self.registers[value]
         register, source = self._new(value), self.tape.values[value].source
-        if source is not None:
+        if source is not None and source.kind != UNKNOWN:
             self.sources.append((register, self.all_sources.setdefault(source, len(self.all_sources))))
         else:
             self.roots.append((register, value))

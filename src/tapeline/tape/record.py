@@ -178,7 +178,7 @@ class Recorder(TorchDispatchMode):
             self.refuse(f"it changes the size of a storage ({func})")
         spec, reads = (self._spec(args), self._spec(kwargs)), [self._value(tensor) for tensor in operands]
         versions = [0 if tensor.is_inference() else tensor._version for tensor in operands]
-        out = func(*args, **kwargs)
+        out = self._run(func, args, kwargs)
         wrote = list(written(func, args, kwargs))
         outputs = list(tensors(out))
         fresh = [(place, tensor) for place, tensor in enumerate(outputs) if self.table.find(tensor) is None]
@@ -194,6 +194,13 @@ class Recorder(TorchDispatchMode):
             op.moved_bytes = sum(t.nbytes for t in operands) + sum(t.nbytes for _, t in fresh)
             self._note(op, reads, wrote, fresh)
         return out
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._watch.is_inside_op = True
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self._watch.is_inside_op = False
 
     def _note(
         self, op: Op, reads: list[Value], wrote: list[torch.Tensor], fresh: list[tuple[int, torch.Tensor]]
@@ -258,18 +265,20 @@ class Recorder(TorchDispatchMode):
     # -- Functions -------------------------------------------------------------------------------------------------
 
     def _begin_function(self, func: type, args: tuple[Any, ...]) -> None:
+        """A Function is one op, if it can be called again with what is on the tape; otherwise its ops are recorded."""
+        if not all(isinstance(arg, (torch.Tensor, *_PLAIN)) for arg in flat(args)):
+            return  # an object, such as the quantisation state of a weight: another block has another one
+        if any(isinstance(arg, list | tuple | dict) and tensor_leaves(arg) for arg in args):
+            return
         operands = [arg for arg in args if isinstance(arg, torch.Tensor)]
         for tensor in operands:
             self._must_be_seen(self._value(tensor))
-        self._region = region = _Region(func, operands, self._spec(args))
-        if not all(isinstance(arg, (torch.Tensor, *_PLAIN)) for arg in flat(args)):
-            region.obstacle = "a Function that takes objects"
-        if any(isinstance(arg, list | tuple | dict) and tensor_leaves(arg) for arg in args):
-            region.obstacle = "a Function that takes tensors inside containers"
+        self._region = _Region(func, operands, self._spec(args))
 
     def _end_function(self, out: Any) -> None:
         region, self._region = self._region, None
-        assert region is not None, "a Function ends that has begun"
+        if region is None:
+            return
         index, outputs = len(self.tape.ops), list(tensors(out))
         op = Op(index, region.func, region.args, {}, tuple(dict.fromkeys(use.value for use in uses(region.args))))
         op.module, op.kind, op.flops = self._watch.modules[-1], MATMUL if region.flops else OTHER, region.flops

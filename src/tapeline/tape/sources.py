@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tapeline.tape.graph import ATTRIBUTE, BUFFER, PARAMETER, Source
 
-_DEPTH = 2
+_DEPTH = 3
 Getter = Callable[[], torch.Tensor]
 
 
@@ -60,14 +60,16 @@ def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage:
 
 
 def module_sources(module: nn.Module) -> Iterator[tuple[Source, torch.Tensor]]:
-    """Parameters, buffers and plain tensor attributes of a module and its submodules, and what hangs on parameters."""
+    """Parameters, buffers and tensor attributes of a module and its submodules, and of objects that hang on any of these."""
     for prefix, part in module.named_modules():
         for kind, table in ((PARAMETER, part._parameters), (BUFFER, part._buffers), (ATTRIBUTE, vars(part))):
             for name, value in list(table.items()):
                 if isinstance(value, torch.Tensor):
                     yield Source(kind, module=prefix, name=name), value
-                    for path, attached in _attached(value, name, _DEPTH):
-                        yield Source(kind, module=prefix, name=path), attached
+                elif not _is_looked_into(value):
+                    continue
+                for path, attached in _attached(value, name, _DEPTH):
+                    yield Source(kind, module=prefix, name=path), attached
 
 
 def getter(module: nn.Module, source: Source) -> Getter:
@@ -93,7 +95,9 @@ def _attached(owner: Any, prefix: str, depth: int) -> Iterator[tuple[str, torch.
         path = f"{prefix}.{name}"
         if isinstance(value, torch.Tensor):
             yield path, value
-        elif (
-            depth > 1 and hasattr(value, "__dict__") and not isinstance(value, nn.Module | type) and not callable(value)
-        ):
+        elif depth > 1 and _is_looked_into(value):
             yield from _attached(value, path, depth - 1)
+
+
+def _is_looked_into(value: Any) -> bool:
+    return hasattr(value, "__dict__") and not isinstance(value, nn.Module | type) and not callable(value)

@@ -42,6 +42,8 @@ class CallWatch:
         """Names of the modules that run, outermost first."""
         self.depth = 0
         """How many Functions are being applied, one inside the other."""
+        self.is_inside_op = False
+        """What the Python kernel of an op does is the op's own business: it is run again as a whole."""
         self._before: Any = None
 
     def start(self) -> bool:
@@ -58,7 +60,9 @@ class CallWatch:
             sys.setprofile(self._before)
 
     def _notice(self, frame: FrameType, event: str, value: Any) -> None:
-        if event == "c_call":
+        if self.is_inside_op:
+            pass
+        elif event == "c_call":
             self._notice_read(value)
         elif frame.f_code is _CALL_MODULE:
             self._notice_module(frame, event)
