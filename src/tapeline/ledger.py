@@ -30,6 +30,8 @@ OPTIMIZER = "optimizer"
 Observer = Callable[[Any, tuple[Any, ...], dict[str, Any], Any, "Span"], None]
 _ACCUMULATE_GRAD = 2**63  # AccumulateGrad nodes carry the largest sequence number there is: they belong to no block
 _MAX_RANGES = 65536
+DEVICE_OF = torch.ops.prim.device.default
+"""Not an op: autograd asks fake tensors for their device, twice for every gradient."""
 
 
 class Allocation:
@@ -170,6 +172,8 @@ class Ledger(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is DEVICE_OF:
+            return func(*args)
         span = self._locate()
         for tensor in _tensors(args):
             self._see(tensor, "found")

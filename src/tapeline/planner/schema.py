@@ -180,7 +180,7 @@ def _block(data: dict[str, Any]) -> BlockPlan:
     known = _known(BlockPlan, data)
     policy = asdict(KEEP) | _known(Policy, known["policy"])
     numbers = {name: math.inf if policy[name] == "inf" else float(policy[name]) for name in ("price", "rerun")}
-    known["policy"] = Policy(is_cheap=bool(policy["is_cheap"]), **numbers)
+    known["policy"] = Policy(price=numbers["price"], is_cheap=bool(policy["is_cheap"]), rerun=numbers["rerun"])
     return BlockPlan(**known)
 
 

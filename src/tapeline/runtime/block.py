@@ -78,7 +78,7 @@ class BlockSeam:
         self.is_due_for_audit = False
         """Verify the next call again."""
         self._cast_versions: dict[Any, list[int]] = {}
-        """Versions of the sources when autocast cast them last, by class of call."""
+        """Versions of the parameters when autocast cast them last, by class of call."""
         self.is_strict = False
         """Keep everything, replay every op of every call, and raise where one differs."""
         self._prepared: dict[Any, Prepared] = {}
@@ -192,7 +192,7 @@ class BlockSeam:
         frame = Frame(self.name, recipe, find_sources(prepared.getters, tensors), ambient)
         for place, tensor in zip(places, saved, strict=True):
             place.settle(frame.place(tensor))
-        self._cast_versions[key] = frame.versions
+        self._cast_versions[key] = frame.parameter_versions()
         is_complete = frame.complete()
         assert is_complete, "nothing has run since the call was recorded"
         self._note_output(out, recipe, ambient, tensors, None)
@@ -226,9 +226,10 @@ class BlockSeam:
         tape = recorder.finish(out)
         known = self._classify(key, tape)
         is_equal = known.tape is not None and known.tape.digest == recipe.tape.digest
+        cast_versions = frame.parameter_versions()
         if is_equal and frame.finish() and frame.complete():
             self._prepared[key] = Prepared(known, recipe, getters)
-            self._cast_versions[key] = frame.versions
+            self._cast_versions[key] = cast_versions
             self._note_output(out, recipe, ambient, tensors, None)
             return out
         frame.drift = frame.drift or "it has another tape than a block built alike"
@@ -375,9 +376,10 @@ class BlockSeam:
         """
         if not frame.recipe.tape.cached_casts:
             return True
+        versions = frame.parameter_versions()
         if not frame.is_hit:
-            self._cast_versions[key] = frame.versions
-        elif self._cast_versions.get(key) != frame.versions:
+            self._cast_versions[key] = versions
+        elif self._cast_versions.get(key) != versions:
             frame.drift = "autocast used copies of parameters from before they were changed"
             frame.lose(
                 f"Block {self.name!r} ran in an autocast context that has cached copies of its parameters from before the "

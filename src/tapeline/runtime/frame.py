@@ -18,7 +18,7 @@ from tapeline.runtime.inputs import RebuiltInput
 from tapeline.runtime.replaying import replay
 from tapeline.runtime.rerun import Rerun
 from tapeline.runtime.signature import numerics
-from tapeline.tape.graph import Geometry
+from tapeline.tape.graph import PARAMETER, Geometry
 from tapeline.tape.program import KEEP, Program, Recipe
 
 Hooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
@@ -245,6 +245,11 @@ class Frame:
         for phase, _, _ in self.dropped:
             phase.lost = reason
         self._let_go()
+
+    def parameter_versions(self) -> list[int]:
+        """Versions of the parameters among the sources, while the call runs."""
+        named = zip(self.recipe.sources, self.sources, strict=True)
+        return [t._version for source, t in named if source.kind == PARAMETER and isinstance(t, torch.Tensor)]
 
     def _let_go(self) -> None:
         """Autograd keeps the pack hook, and so this object, as long as any tensor that went through it is saved."""

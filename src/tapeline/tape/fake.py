@@ -29,6 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from tapeline.errors import UnsupportedModelError, UsageError
+from tapeline.ledger import DEVICE_OF
+from tapeline.tape.shape_cache import ShapeCache
 
 T = TypeVar("T")
 aten = torch.ops.aten
@@ -61,6 +63,7 @@ class ShapeMode(TorchDispatchMode):
         self.assumes_scalars = False
         """Answer the value of a fake scalar with 1, as an optimizer may ask for it; forwards must not."""
         self._own: dict[int, weakref.ref[Any]] = {}
+        self._cache = ShapeCache(self.fake_mode)
 
     def __enter__(self) -> ShapeMode:
         # only while the mode is active: a fake tensor that escaped (a cached table) must not mix with real ones later
@@ -81,6 +84,8 @@ class ShapeMode(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is DEVICE_OF and isinstance(args[0], FakeTensor):
+            return args[0].fake_device
         has_real, has_fake, wants_grad = _kinds_of_tensors(args, kwargs)
         if wants_grad and torch.is_grad_enabled():
             raise UsageError(
@@ -135,9 +140,15 @@ class ShapeMode(TorchDispatchMode):
         return out
 
     def _fake(self, func: Any, args: Any, kwargs: Any, may_depend_on_data: bool = False) -> Any:
+        known = self._cache.key(func, args, kwargs)
+        if known is not None and (out := self._cache.find(*known)) is not None:
+            return out
         try:
             with self.fake_mode:
-                return func(*args, **kwargs)
+                out = func(*args, **kwargs)
+            if known is not None:
+                self._cache.remember(*known, out)
+            return out
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             if may_depend_on_data:
                 return _UNKNOWN  # a real integer tensor: run it for real

@@ -11,6 +11,9 @@ import torch
 
 from tapeline.tape.graph import Op
 
+CHANGES_STORAGE = {"resize_", "resize_as_", "set_"}
+"""Ops that give a tensor another storage, or a storage another size."""
+
 
 def number_generators() -> tuple[Any, ...]:
     """The state of the generators of Python and NumPy: what they give is baked into the tape as a number."""

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tapeline.cost.price import MATMUL, MEMORY, OTHER, count_flops, op_class
+from tapeline.ledger import DEVICE_OF
 from tapeline.tape.graph import (
     ARGUMENT,
     BUFFER,
@@ -31,6 +32,7 @@ from tapeline.tape.graph import (
     uses,
 )
 from tapeline.tape.ops import (
+    CHANGES_STORAGE,
     cached_dtypes,
     flat,
     is_about_shape,
@@ -50,7 +52,6 @@ DRAWS_NUMBERS = "it draws from the generators of Python or NumPy"
 _READS_VALUES = {aten._local_scalar_dense.default, aten.equal.default}
 _COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional", "fsdp")
 _UNANNOTATED_WRITES = {"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"}  # they update running statistics
-_CHANGES_STORAGE = {"resize_", "resize_as_", "set_"}
 _UNINITIALISED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted"}
 _OVERWRITES = {"copy_", "fill_", "zero_", "bernoulli_", "normal_", "uniform_", "random_", "exponential_"}
 _MAX_CONSTANT_BYTES = 1024
@@ -165,7 +166,7 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.is_paused:
+        if self.is_paused or func is DEVICE_OF:
             return func(*args, **kwargs)
         if self._region is not None:
             out = func(*args, **kwargs)
@@ -174,7 +175,7 @@ class Recorder(TorchDispatchMode):
         if func is aten.lift_fresh.default and self._note_constant(args[0]):
             return func(*args, **kwargs)
         operands = list(tensors((args, kwargs)))
-        if getattr(getattr(func, "_overloadpacket", None), "__name__", "") in _CHANGES_STORAGE:
+        if short_name(func) in CHANGES_STORAGE:
             self.refuse(f"it changes the size of a storage ({func})")
         spec, reads = (self._spec(args), self._spec(kwargs)), [self._value(tensor) for tensor in operands]
         versions = [0 if tensor.is_inference() else tensor._version for tensor in operands]
