@@ -146,9 +146,6 @@ class ShapeMode(TorchDispatchMode):
         try:
             with self.fake_mode:
                 out = func(*args, **kwargs)
-            if known is not None:
-                self._cache.remember(*known, out)
-            return out
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             if may_depend_on_data:
                 return _UNKNOWN  # a real integer tensor: run it for real
@@ -159,6 +156,9 @@ class ShapeMode(TorchDispatchMode):
                 "without running it. For mixture-of-experts models choose grouped experts "
                 "(config: experts_implementation='grouped_mm'), whose shapes do not depend on the routing."
             ) from error
+        if known is not None:
+            self._cache.remember(*known, out)
+        return out
 
 
 def _empty_grouped_product(

@@ -136,7 +136,7 @@ def _same(operands: list[torch.Tensor]) -> int:
 def _part(tensor: Any, operands: list[torch.Tensor]) -> _Made | None:
     if type(tensor) is not FakeTensor or not _is_plain(tensor) or not _has_numbers(tensor):
         return None
-    layout = tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.fake_device
+    layout = tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()), tensor.dtype, tensor.fake_device
     for place, operand in enumerate(operands):
         if tensor is operand:
             return _Made(place, True, *layout)
