@@ -20,7 +20,7 @@ from tapeline.runtime.invocation import Invocation
 from tapeline.runtime.library import CallClass, Library
 from tapeline.runtime.rerun import Rerun
 from tapeline.runtime.signature import arguments_key, has_objects, surroundings
-from tapeline.runtime.strict import StrictRecorder, check_every_op
+from tapeline.runtime.strict import run_strictly
 from tapeline.runtime.verifier import verify, verify_outputs
 from tapeline.tape.graph import ARGUMENT, Source, Tape, first_difference
 from tapeline.tape.program import Recipe
@@ -101,7 +101,7 @@ class BlockSeam:
         self.num_calls += 1
         invocation = Invocation(forward, args, kwargs)
         if self.is_strict:
-            return self._run_strictly(invocation, tensors)
+            return run_strictly(self, invocation, tensors)
         return self._dispatch((token, surroundings(), key), invocation, tensors, foreign)
 
     def _dispatch(self, key: Any, invocation: Invocation, tensors: list[torch.Tensor], foreign: Hooks | None) -> Any:
@@ -154,10 +154,8 @@ class BlockSeam:
     ) -> Any:
         """Record the call while it runs; then treat it as any later one. An audit compares with what was known."""
         self.num_recorded += 1
-        expected = self.library.expected.get((self._kind(), key[1:], self.policy))
-        can_rerun = key not in self._unexpected and not has_objects(key[2])
-        can_rerun = can_rerun and expected is not None and not expected.tape.changes_state
-        if expected is not None and audited is None and can_rerun:
+        expected = self._expected(key) if audited is None else None
+        if expected is not None:
             return self._record_as_expected(key, invocation, tensors, foreign, expected)
         ambient = Ambient(tensors)
         recorder = Recorder(self.module, (invocation.args, invocation.kwargs))
@@ -178,14 +176,14 @@ class BlockSeam:
         places, late = late, []  # autograd keeps the pack hook, and so what it refers to
         known = self._classify(key, tape)
         if known.tape is None:
-            self._note_reason(known.reason)
+            self.note_reason(known.reason)
             rerun = self._rerun(known, invocation, ambient)
             for number, (place, tensor) in enumerate(zip(places, saved, strict=True)):
                 place.settle((rerun and rerun.drop(number, tensor)) or keep(tensor))
             self.chain.note(None, None)
             return out
         if audited is not None and audited.known.tape is not None and audited.known.tape.digest != tape.digest:
-            self._note_reason(f"an audit found another tape: {first_difference(audited.known.tape, tape)}")
+            self.note_reason(f"an audit found another tape: {first_difference(audited.known.tape, tape)}")
         recipe = verify(self, tape, saved, tensors, ambient, always=audited is not None)
         prepared = self._prepared[key] = Prepared(known, recipe, self.getters(recipe.sources))
         self.library.expected[self._kind(), key[1:], self.policy] = recipe
@@ -240,17 +238,11 @@ class BlockSeam:
             self._unexpected.add(key)
         return out
 
-    def _run_strictly(self, invocation: Invocation, tensors: list[torch.Tensor]) -> Any:
-        ambient = Ambient(tensors)
-        recorder = StrictRecorder(self.module, (invocation.args, invocation.kwargs))
-        with saved_tensors_hooks(recorder.keep, unpack), recorder:
-            out = invocation.run()
-        tape = recorder.finish(out)
-        self._note_reason(tape.obstacle)
-        if not tape.obstacle:
-            check_every_op(self.name, self.module, recorder, tensors, ambient)
-        recorder.copies.clear()  # autograd keeps the pack hook, and so the recorder
-        return out
+    def _expected(self, key: Any) -> Recipe | None:
+        """The recipe of a block of its like, if a call that turns out to be another one can be run again."""
+        recipe = self.library.expected.get((self._kind(), key[1:], self.policy))
+        is_safe = key not in self._unexpected and not has_objects(key[2])
+        return recipe if recipe is not None and is_safe and not recipe.tape.changes_state else None
 
     def _classify(self, key: Any, tape: Tape) -> CallClass:
         """Keep what a recording has found out about a class of calls."""
@@ -262,7 +254,7 @@ class BlockSeam:
         if self.records.num_changes >= _MAX_CHANGES:
             self.records.fixed = CallClass(None, "its forward changes its own attributes", can_rerun=False)
             self._prepared.clear()
-            self._note_reason(self.records.fixed.reason)
+            self.note_reason(self.records.fixed.reason)
         if tape.obstacle or len(classes) >= _MAX_CLASSES:
             reason = tape.obstacle or f"it was called in {_MAX_CLASSES} different ways"
             known = CallClass(None, reason, can_rerun=not (changes or is_odd))
@@ -287,7 +279,7 @@ class BlockSeam:
         self, known: CallClass, invocation: Invocation, tensors: list[torch.Tensor], foreign: Hooks | None
     ) -> Any:
         """Without a tape: drop everything and run the whole block again, or keep everything."""
-        self._note_reason(known.reason)
+        self.note_reason(known.reason)
         rerun = self._rerun(known, invocation, Ambient(tensors))
         self.chain.note(None, None)
         if rerun is None:
@@ -330,7 +322,7 @@ class BlockSeam:
     def _drifted(self, key: Any, frame: Frame, invocation: Invocation, ambient: Ambient, before: list[int]) -> None:
         """The call did something else than what was recorded: recover exactly, and record the next one anew."""
         self.num_drifts += 1
-        self._note_reason(f"a call differed from the tape: {frame.drift}")
+        self.note_reason(f"a call differed from the tape: {frame.drift}")
         self._recover(frame, key, invocation, ambient, before, frame.recipe.tape)
         self.chain.note(None, None)
         self._prepared.pop(key, None)
@@ -391,6 +383,6 @@ class BlockSeam:
         """What blocks that are built alike have in common."""
         return tuple((type(part), part.training) for part in self.module.modules())
 
-    def _note_reason(self, reason: str) -> None:
+    def note_reason(self, reason: str) -> None:
         if reason:
             self.reasons.setdefault(reason)

@@ -8,19 +8,17 @@ fast device; they are read in bulk, one C call per module, from places that were
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import Enum
-from functools import partial
 from operator import attrgetter, itemgetter
-from types import BuiltinFunctionType, FunctionType, MappingProxyType, MethodType
+from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-_NUMBERS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, Enum, type)
-_FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType, partial)
+from tapeline.tape.nested import FUNCTIONS, PLAIN
+
+_COMPARED = (type, *PLAIN, *FUNCTIONS)
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _DEPTH = 4
@@ -215,7 +213,7 @@ def _reader(table: Any, names: list[Any], *, always_tuple: bool = False) -> Read
 
 def _is_plain(value: Any) -> bool:
     """Compared by value, or, as functions are, by identity."""
-    return isinstance(value, (*_NUMBERS, *_FUNCTIONS, np.generic))
+    return isinstance(value, _COMPARED)
 
 
 def _has_pointer(parameter: torch.Tensor) -> bool:

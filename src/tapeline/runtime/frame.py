@@ -118,20 +118,8 @@ class Frame:
     """
 
     __slots__ = (
-        *(
-            "actions",
-            "block",
-            "cursor",
-            "drift",
-            "dropped",
-            "first_node",
-            "foreign",
-            "is_hit",
-            "phases",
-            "rebuilt",
-            "recipe",
-        ),
-        *("roots", "sources", "versions"),
+        *("actions", "block", "cursor", "drift", "dropped", "first_node", "foreign", "is_hit", "phases", "rebuilt"),
+        *("recipe", "roots", "sources", "versions"),
     )
 
     def __init__(
@@ -143,14 +131,8 @@ class Frame:
         foreign: Hooks | None = None,
         rebuilt: RebuiltInput | None = None,
     ) -> None:
-        self.rebuilt = rebuilt
-        self.block, self.recipe, self.actions, self.sources, self.foreign = (
-            block,
-            recipe,
-            recipe.packs,
-            sources,
-            foreign,
-        )
+        self.block, self.recipe, self.actions = block, recipe, recipe.packs
+        self.sources, self.foreign, self.rebuilt = sources, foreign, rebuilt
         self.versions = self._source_versions()
         self.phases = [Phase(block, program, ambient) for program in recipe.programs]
         self.roots: dict[int, torch.Tensor] = {}

@@ -17,8 +17,8 @@ import torch
 
 from tapeline.runtime.ambient import Ambient
 from tapeline.runtime.replaying import replay
+from tapeline.tape.nested import tensor_leaves
 from tapeline.tape.program import Program
-from tapeline.tape.sources import tensor_leaves
 
 
 class OutputRecipe:

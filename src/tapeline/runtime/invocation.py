@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from tapeline.tape.sources import tensor_leaves
+from tapeline.tape.nested import tensor_leaves
 
 
 class Invocation:

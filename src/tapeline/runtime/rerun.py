@@ -17,6 +17,7 @@ from tapeline.ledger import RECOMPUTE, active_ledgers
 from tapeline.runtime.ambient import Ambient
 from tapeline.runtime.guard import BlockGuard
 from tapeline.runtime.invocation import Invocation
+from tapeline.tape.functions import never
 from tapeline.tape.sources import storage_key
 
 
@@ -89,7 +90,7 @@ class Rerun:
                 stack.enter_context(ledger.scope(RECOMPUTE, self.guard.name))
             stack.enter_context(self.ambient.restored())
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(saved_tensors_hooks(pack, _never))
+            stack.enter_context(saved_tensors_hooks(pack, never))
             try:
                 self.invocation.detached().run()
             except _EverythingSavedError:
@@ -106,7 +107,3 @@ class Rerun:
 
 def _version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
-
-
-def _never(_: None) -> torch.Tensor:
-    raise AssertionError("no backward runs through a rerun")

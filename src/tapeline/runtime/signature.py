@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from enum import Enum
-from functools import partial
-from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
-import numpy as np
 import torch
 
 from tapeline.runtime.fingerprint import slot_names
-
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, Enum, np.generic)
-_FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType, partial, type)
+from tapeline.tape.nested import FUNCTIONS, PLAIN
 
 
 def arguments_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], list[torch.Tensor]]:
@@ -88,7 +82,7 @@ def _describe(value: Any, key: list[Any], tensors: list[torch.Tensor]) -> None:
                 value.requires_grad,
             )
         )
-    elif isinstance(value, _PLAIN):
+    elif isinstance(value, PLAIN):
         key.append((type(value), value))
     elif isinstance(value, list | tuple):
         key.append((type(value), len(value)))
@@ -102,13 +96,13 @@ def _describe(value: Any, key: list[Any], tensors: list[torch.Tensor]) -> None:
         key.append((type(value), frozenset(map(repr, value))))
     elif isinstance(value, slice):
         key.append((slice, repr(value)))
-    elif isinstance(value, _FUNCTIONS):
+    elif isinstance(value, (*FUNCTIONS, type)):
         key.append(_Same(value))
     else:
         key.append(type(value))
         attributes = plain_attributes(value)
-        key.append(tuple((name, item) for name, item in attributes if isinstance(item, _PLAIN)))
-        key.extend(_Same(item) for _, item in attributes if isinstance(item, _FUNCTIONS))
+        key.append(tuple((name, item) for name, item in attributes if isinstance(item, PLAIN)))
+        key.extend(_Same(item) for _, item in attributes if isinstance(item, (*FUNCTIONS, type)))
 
 
 class _Same:

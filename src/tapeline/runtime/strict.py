@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from tapeline.cost.device import nominal_rates
 from tapeline.errors import PlanDriftError
 from tapeline.runtime.ambient import Ambient
-from tapeline.runtime.frame import keep
+from tapeline.runtime.frame import keep, unpack
+from tapeline.runtime.invocation import Invocation
 from tapeline.runtime.replaying import replay
 from tapeline.tape.graph import ARGUMENT, UNKNOWN, Tape, Value
 from tapeline.tape.options import Limits, block_graph, can_replay
@@ -19,6 +21,9 @@ from tapeline.tape.record import Recorder
 from tapeline.tape.replay import ReplayFailedError
 from tapeline.tape.sources import getter
 from tapeline.tape.verify import same_bits
+
+if TYPE_CHECKING:
+    from tapeline.runtime.block import BlockSeam
 
 
 class StrictRecorder(Recorder):
@@ -40,7 +45,25 @@ class StrictRecorder(Recorder):
         return keep(tensor)
 
 
-def check_every_op(
+def run_strictly(seam: BlockSeam, invocation: Invocation, tensors: list[torch.Tensor]) -> Any:
+    """Run a call with everything kept, and then replay it op by op.
+
+    Raises:
+        PlanDriftError: naming the first op whose result differs in any bit.
+    """
+    ambient = Ambient(tensors)
+    recorder = StrictRecorder(seam.module, (invocation.args, invocation.kwargs))
+    with saved_tensors_hooks(recorder.keep, unpack), recorder:
+        out = invocation.run()
+    tape = recorder.finish(out)
+    seam.note_reason(tape.obstacle)
+    if not tape.obstacle:
+        _check_every_op(seam.name, seam.module, recorder, tensors, ambient)
+    recorder.copies.clear()  # autograd keeps the pack hook, and so the recorder
+    return out
+
+
+def _check_every_op(
     name: str, module: nn.Module, recorder: StrictRecorder, tensors: list[torch.Tensor], ambient: Ambient
 ) -> None:
     """Replay the tape of a call that has just run, op by op.

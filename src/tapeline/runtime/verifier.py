@@ -11,9 +11,10 @@ from tapeline.runtime.finding import find_sources
 from tapeline.runtime.frame import Frame
 from tapeline.runtime.replaying import replay
 from tapeline.tape.graph import ARGUMENT, Tape
+from tapeline.tape.nested import tensor_leaves
 from tapeline.tape.program import KEEP, Recipe
 from tapeline.tape.replay import ReplayFailedError
-from tapeline.tape.sources import has_storage, tensor_leaves
+from tapeline.tape.sources import has_storage
 from tapeline.tape.verify import same_bits
 
 if TYPE_CHECKING:

@@ -87,7 +87,7 @@ class _Rows:
         return ValueRow(
             value=value.index,
             storage=value.storage,
-            made_by=_name(op) if op is not None else _origin(value.source),
+            made_by=op.label if op is not None else _origin(value.source),
             module=op.module if op is not None else _home(value.source),
             dtype=str(value.base.dtype).removeprefix("torch."),
             shape=value.base.shape,
@@ -238,12 +238,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _where(op: Op) -> str:
-    return f"{_name(op)} in {op.module!r}" if op.module else _name(op)
-
-
-def _name(op: Op) -> str:
-    """As `keep` and `drop` take it."""
-    return op.name if op.is_function else op.name.split(".")[0].removeprefix("_")
+    return f"{op.label} in {op.module!r}" if op.module else op.label
 
 
 def _origin(source: Source | None) -> str:

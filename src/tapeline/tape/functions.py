@@ -9,7 +9,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from tapeline.tape.graph import Op
-from tapeline.tape.straight import flat_tensors
+from tapeline.tape.nested import tensor_leaves
 
 
 def run_function(op: Op, args: Sequence[Any]) -> list[torch.Tensor]:
@@ -24,14 +24,15 @@ def run_function(op: Op, args: Sequence[Any]) -> list[torch.Tensor]:
     def capture(tensor: torch.Tensor) -> None:
         saved.append(tensor.detach())
 
-    with torch.set_grad_enabled(op.has_grad), saved_tensors_hooks(capture, _never):
+    with torch.set_grad_enabled(op.has_grad), saved_tensors_hooks(capture, never):
         out = op.func.apply(*inputs)
-    return [tensor.detach() for tensor in flat_tensors(out)] + saved
+    return [tensor.detach() for tensor in tensor_leaves(out)] + saved
 
 
 def _like_before(tensor: torch.Tensor, flags: Iterator[bool]) -> torch.Tensor:
     return tensor.detach().requires_grad_(next(flags))
 
 
-def _never(_: None) -> torch.Tensor:
+def never(_: None) -> torch.Tensor:
+    """The unpack hook of what is only run to see what it saves."""
     raise AssertionError("no backward runs through a replay")

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from tapeline.tape.nested import leaves
+
 ARGUMENT = "argument"
 PARAMETER = "parameter"
 BUFFER = "buffer"
@@ -148,6 +150,11 @@ class Op:
             return str(self.func.__name__)
         return str(self.func).removeprefix("aten.") if self.func is not None else "constant"
 
+    @property
+    def label(self) -> str:
+        """The name without overload, as `keep` and `drop` take it."""
+        return self.name if self.is_function else self.name.split(".")[0].removeprefix("_")
+
 
 @dataclass(frozen=True, slots=True)
 class Pack:
@@ -223,16 +230,9 @@ def _exact(argument: Any) -> str:
     return repr(argument)
 
 
-def uses(arguments: Any) -> Iterator[Use]:
+def uses(arguments: Any) -> list[Use]:
     """The operands among nested arguments, in order."""
-    if isinstance(arguments, Use):
-        yield arguments
-    elif isinstance(arguments, list | tuple):
-        for item in arguments:
-            yield from uses(item)
-    elif isinstance(arguments, dict):
-        for item in arguments.values():
-            yield from uses(item)
+    return [leaf for leaf in leaves(arguments) if isinstance(leaf, Use)]
 
 
 def first_difference(one: Tape, other: Tape) -> str:

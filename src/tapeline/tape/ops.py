@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from tapeline.tape.graph import Op
+from tapeline.tape.nested import tensor_leaves
 
 CHANGES_STORAGE = {"resize_", "resize_as_", "set_"}
 """Ops that give a tensor another storage, or a storage another size."""
@@ -41,7 +42,7 @@ def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterato
         return
     for place, argument in enumerate(schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            yield from tensors(args[place] if place < len(args) else kwargs.get(argument.name))
+            yield from tensor_leaves(args[place] if place < len(args) else kwargs.get(argument.name))
 
 
 def cached_dtypes() -> set[torch.dtype]:
@@ -51,28 +52,6 @@ def cached_dtypes() -> set[torch.dtype]:
     accelerator = torch.accelerator.current_accelerator()
     kinds = ["cpu", accelerator.type] if accelerator is not None else ["cpu"]
     return {torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
-
-
-def tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors(item)
-
-
-def flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, list | tuple):
-        for item in value:
-            yield from flat(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from flat(item)
-    else:
-        yield value
 
 
 def short_name(func: Any) -> str:

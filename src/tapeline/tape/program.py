@@ -83,7 +83,6 @@ class Recipe:
     """Sources that some phase reads, each named once."""
     input_packs: dict[int, Geometry | None]
     """Saved tensors that are the block's input: number, and how they look at it."""
-    is_random: bool
     least_nodes: int
     most_nodes: int
 
@@ -112,7 +111,6 @@ def compile_recipe(tape: Tape, graph: BlockGraph, choice: BlockChoice) -> Recipe
         programs=tuple(programs),
         sources=tuple(sources),
         input_packs=_input_packs(tape),
-        is_random=any(program.is_random for program in programs),
         least_nodes=tape.num_nodes - max(0, tape.cached_casts),
         most_nodes=tape.num_nodes - min(0, tape.cached_casts),
     )
@@ -254,7 +252,7 @@ class _Compiler:
     def _operand(self, arg: Any, replaced: dict[int, int]) -> Any:
         if isinstance(arg, Use):
             return Register(self._look(arg, replaced))
-        if isinstance(arg, list | tuple) and any(True for _ in uses(arg)):
+        if isinstance(arg, list | tuple) and uses(arg):
             return [self._operand(item, replaced) for item in arg]
         return arg
 

@@ -6,7 +6,6 @@ It holds no tensor: recording a call needs no more memory than the call.
 
 from __future__ import annotations
 
-from enum import Enum
 from typing import Any
 
 import torch
@@ -31,23 +30,22 @@ from tapeline.tape.graph import (
     Value,
     uses,
 )
+from tapeline.tape.nested import PLAIN, leaves, tensor_leaves
 from tapeline.tape.ops import (
     CHANGES_STORAGE,
     cached_dtypes,
-    flat,
     is_about_shape,
     is_plain_index,
     number_generators,
     short_name,
-    tensors,
     written,
 )
-from tapeline.tape.sources import has_storage, module_sources, tensor_leaves
+from tapeline.tape.sources import has_storage, module_sources
 from tapeline.tape.values import ValueTable
 from tapeline.tape.watch import CallWatch
 
 aten = torch.ops.aten
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, Enum, type)
+_GIVEN = (torch.Tensor, type, *PLAIN)
 DRAWS_NUMBERS = "it draws from the generators of Python or NumPy"
 _READS_VALUES = {aten._local_scalar_dense.default, aten.equal.default}
 _COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional", "fsdp")
@@ -174,14 +172,14 @@ class Recorder(TorchDispatchMode):
             return out
         if func is aten.lift_fresh.default and self._note_constant(args[0]):
             return func(*args, **kwargs)
-        operands = list(tensors((args, kwargs)))
+        operands = tensor_leaves((args, kwargs))
         if short_name(func) in CHANGES_STORAGE:
             self.refuse(f"it changes the size of a storage ({func})")
         spec, reads = (self._spec(args), self._spec(kwargs)), [self._value(tensor) for tensor in operands]
         versions = [0 if tensor.is_inference() else tensor._version for tensor in operands]
         out = self._run(func, args, kwargs)
         wrote = list(written(func, args, kwargs))
-        outputs = list(tensors(out))
+        outputs = tensor_leaves(out)
         fresh = [(place, tensor) for place, tensor in enumerate(outputs) if self.table.find(tensor) is None]
         if not wrote and any(t._version != v for t, v in zip(operands, versions, strict=True) if not t.is_inference()):
             self.refuse(f"{func} writes without saying so")
@@ -267,7 +265,7 @@ class Recorder(TorchDispatchMode):
 
     def _begin_function(self, func: type, args: tuple[Any, ...]) -> None:
         """A Function is one op, if it can be called again with what is on the tape; otherwise its ops are recorded."""
-        if not all(isinstance(arg, (torch.Tensor, *_PLAIN)) for arg in flat(args)):
+        if not all(isinstance(arg, _GIVEN) for arg in leaves(args)):
             return  # an object, such as the quantisation state of a weight: another block has another one
         if any(isinstance(arg, list | tuple | dict) and tensor_leaves(arg) for arg in args):
             return
@@ -280,7 +278,7 @@ class Recorder(TorchDispatchMode):
         region, self._region = self._region, None
         if region is None:
             return
-        index, outputs = len(self.tape.ops), list(tensors(out))
+        index, outputs = len(self.tape.ops), tensor_leaves(out)
         op = Op(index, region.func, region.args, {}, tuple(dict.fromkeys(use.value for use in uses(region.args))))
         op.module, op.kind, op.flops = self._watch.modules[-1], MATMUL if region.flops else OTHER, region.flops
         op.is_function, op.is_random, op.obstacle = True, region.is_random, region.obstacle

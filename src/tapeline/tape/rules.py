@@ -33,14 +33,14 @@ class Rules:
             made = saved.intersection(op.makes)
             if not made:
                 continue
-            self.known |= {op.module, op.kind, _op_name(op)}
+            self.known |= {op.module, op.kind, op.label}
             if self._match(self.drop, op):
                 dropped |= made
             if self._match(self.keep, op):
                 held |= made
         if both := held & dropped:
             op = tape.ops[tape.values[min(both)].producer or 0]
-            raise UsageError(f"keep and drop both name what {_op_name(op)} in {op.module!r} makes: leave one out.")
+            raise UsageError(f"keep and drop both name what {op.label} in {op.module!r} makes: leave one out.")
         return frozenset(held), frozenset(dropped)
 
     def check(self) -> None:
@@ -65,12 +65,8 @@ class Rules:
 
 def matches(name: str, op: Op) -> bool:
     """Whether a name of ``keep=`` or ``drop=`` means what this op makes."""
-    if name in (op.kind, _op_name(op), op.name):
+    if name in (op.kind, op.label, op.name):
         return True
     parts = op.module.split(".")
     inside = (".".join(parts[start:end]) for start in range(len(parts)) for end in range(start + 1, len(parts) + 1))
     return any(fnmatchcase(path, name) for path in inside)
-
-
-def _op_name(op: Op) -> str:
-    return op.name if op.is_function else op.name.split(".")[0].removeprefix("_")

@@ -15,24 +15,6 @@ _DEPTH = 3
 Getter = Callable[[], torch.Tensor]
 
 
-def tensor_leaves(arguments: Any) -> list[torch.Tensor]:
-    """The tensors in nested tuples, lists and dicts, in order."""
-    found: list[torch.Tensor] = []
-    _collect(arguments, found)
-    return found
-
-
-def _collect(value: Any, found: list[torch.Tensor]) -> None:
-    if isinstance(value, torch.Tensor):
-        found.append(value)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _collect(item, found)
-    elif isinstance(value, dict):
-        for item in value.values():
-            _collect(item, found)
-
-
 def storage_key(tensor: torch.Tensor) -> int:
     """What tells the storage of a living tensor from all others; 0 if it has none."""
     return storage_of(tensor)._cdata if has_storage(tensor) else 0

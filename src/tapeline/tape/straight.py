@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tapeline.tape.graph import Geometry, Op
+from tapeline.tape.nested import tensor_leaves
 
 Replay = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], list[torch.Tensor]]
 
@@ -52,7 +53,7 @@ class Writer:
         elif not results:
             self._line(called, op)
         else:
-            self._line(f"out = {self._constant(flat_tensors)}({called})", op)
+            self._line(f"out = {self._constant(tensor_leaves)}({called})", op)
             for number, register in results:
                 self._line(f"r{register} = out[{number}]", op)
             self._line("del out")
@@ -97,12 +98,3 @@ class Writer:
         name = self._names.setdefault(id(value), f"c{len(self._constants)}")
         self._constants[name] = value
         return name
-
-
-def flat_tensors(value: Any) -> list[torch.Tensor]:
-    """The tensors in what an op returned, in order."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in flat_tensors(item)]
-    return []
