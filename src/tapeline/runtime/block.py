@@ -110,6 +110,9 @@ class BlockSeam:
         prepared = self._prepared.get(key) or self._prepare(key)
         if prepared is None or (self.is_due_for_audit and prepared.recipe is not None):
             self.is_due_for_audit = False
+            expected = self._expected(key) if prepared is None else None
+            if expected is not None:
+                return self._record_as_expected(key, invocation, tensors, foreign, source, expected)
             return self._record(key, invocation, tensors, foreign, prepared)
         if prepared.recipe is None:
             return self._fall_back(prepared.known, invocation, tensors, foreign)
@@ -154,9 +157,6 @@ class BlockSeam:
     ) -> Any:
         """Record the call while it runs; then treat it as any later one. An audit compares with what was known."""
         self.num_recorded += 1
-        expected = self._expected(key) if audited is None else None
-        if expected is not None:
-            return self._record_as_expected(key, invocation, tensors, foreign, expected)
         ambient = Ambient(tensors)
         recorder = Recorder(self.module, (invocation.args, invocation.kwargs))
         late: list[Late] = []
@@ -197,18 +197,24 @@ class BlockSeam:
         return out
 
     def _record_as_expected(
-        self, key: Any, invocation: Invocation, tensors: list[torch.Tensor], foreign: Hooks | None, recipe: Recipe
+        self,
+        key: Any,
+        invocation: Invocation,
+        tensors: list[torch.Tensor],
+        foreign: Hooks | None,
+        rebuilt: RebuiltInput | None,
+        recipe: Recipe,
     ) -> Any:
         """Record the call while its tensors are dropped as those of a block of its like were.
 
         So recording the second and all later blocks needs no more memory than running them. If the tape turns out to be
         another one, this call falls back to running the whole block again, and the next is recorded with everything held.
         """
+        self.num_recorded += 1
         ambient = Ambient(tensors)
         recorder = Recorder(self.module, (invocation.args, invocation.kwargs))
         getters = self.getters(recipe.sources)
-        frame = Frame(self.name, recipe, find_sources(getters, tensors), ambient, foreign)
-
+        frame = Frame(self.name, recipe, find_sources(getters, tensors, rebuilt), ambient, foreign, rebuilt)
         before = self._versions(invocation)
 
         def pack(tensor: torch.Tensor) -> Any:
@@ -228,7 +234,7 @@ class BlockSeam:
         if is_equal and frame.finish() and frame.complete():
             self._prepared[key] = Prepared(known, recipe, getters)
             self._cast_versions[key] = cast_versions
-            self._note_output(out, recipe, ambient, tensors, None)
+            self._note_output(out, recipe, ambient, tensors, rebuilt)
             return out
         frame.drift = frame.drift or "it has another tape than a block built alike"
         self._recover(frame, key, invocation, ambient, before, tape)

@@ -71,6 +71,10 @@ class Candidates:
         """The largest peak of any step."""
         return max(self.profile(blocks).peak_bytes, self.first_peak(blocks))
 
+    def fits(self, blocks: Blocks, limit: int) -> bool:
+        """Whether no step needs more than `limit` bytes; the first step is run only where the others fit."""
+        return self.profile(blocks).peak_bytes <= limit and self.first_peak(blocks) <= limit
+
     def uniform(self, policy: Policy) -> Blocks:
         """The same policy for all blocks that it can apply to."""
         return tuple(self._place(name, policy) for name in self.names)

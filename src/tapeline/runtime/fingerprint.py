@@ -8,6 +8,7 @@ fast device; they are read in bulk, one C call per module, from places that were
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import compress
 from operator import attrgetter, itemgetter
 from types import MappingProxyType
 from typing import Any
@@ -64,9 +65,7 @@ class Fingerprint:
 
     def versions(self) -> list[int]:
         """How often each parameter and buffer has been written."""
-        return [
-            t._version for t in (table[name] for table, name in self._tensors) if t is not None and not t.is_inference()
-        ]
+        return [table[name]._version for table, name in self._versioned]
 
     def _reread(self) -> int:
         """Something has changed: find the places anew, and look whether this state was seen before."""
@@ -133,6 +132,8 @@ class Fingerprint:
             if not all(map(_is_plain, attached.values())):  # such as the quantisation state of a 4-bit weight
                 self._add(attached, frozenset(), _DEPTH)
         self._has_pointer = [tensor is not None and _has_pointer(tensor) for tensor in found]
+        have_versions = [tensor is not None and not tensor.is_inference() for tensor in found]
+        self._versioned = list(compress(self._tensors, have_versions))
         self.has_trainable = any(tensor is not None and tensor.requires_grad for tensor in found)
 
     def _add(self, table: Any, skipped: frozenset[str], depth: int) -> None:

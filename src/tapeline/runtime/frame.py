@@ -7,7 +7,7 @@ replay starts from. When the graph goes, all of it goes. There is no table of te
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -46,11 +46,15 @@ class Phase:
         self.lost = ""
         self.stream: Any = None
 
-    def complete(self, sources: Sequence[torch.Tensor | RebuiltInput], roots: Sequence[torch.Tensor]) -> None:
-        """The call has ended: from now on this phase can be replayed."""
-        self.sources, self.roots = sources, roots
+    def complete(
+        self,
+        sources: Sequence[torch.Tensor | RebuiltInput],
+        roots: Sequence[torch.Tensor],
+        settings: tuple[Any, ...],
+    ) -> None:
+        """The call has ended: from now on this phase can be replayed, under these settings only."""
+        self.sources, self.roots, self.numerics = sources, roots, settings
         self.versions = [tensor._version for tensor in self._origins()]
-        self.numerics = numerics()
         self.is_complete = True
 
     def take(self, slot: int) -> torch.Tensor:
@@ -118,8 +122,8 @@ class Frame:
     """
 
     __slots__ = (
-        *("actions", "block", "cursor", "drift", "dropped", "first_node", "foreign", "is_hit", "phases", "rebuilt"),
-        *("recipe", "roots", "sources", "versions"),
+        *("actions", "block", "cursor", "drift", "first_node", "foreign", "is_hit", "phases", "rebuilt"),
+        *("num_placed", "recipe", "roots", "sources", "versions"),
     )
 
     def __init__(
@@ -141,21 +145,20 @@ class Frame:
         """Whether autocast had copies of parameters from an earlier call."""
         self.drift = ""
         """What was different from the tape; empty as long as nothing was."""
-        self.dropped: list[tuple[Phase, int, int]] = []
-        """Phase, slot and number of every tensor that was dropped."""
+        self.num_placed = len(self.actions)
+        """How many tensors were treated as the recipe says before the drift."""
         self.first_node = _count_nodes()
 
     def pack(self, tensor: torch.Tensor) -> Any:
-        """The pack hook: keep the tensor, or leave a place in a phase."""
+        """The pack hook: keep the tensor, or leave a place in a phase. Written out, because it runs for every saved tensor."""
         cursor = self.cursor
+        self.cursor = cursor + 1
         if self.drift:
-            self.cursor = cursor + 1
             return keep(tensor, self.foreign)
         try:
-            shape, stride, dtype, least, most, *_ = self.actions[cursor]
+            shape, stride, dtype, least, most, is_plain, phase, slot, _, _ = self.actions[cursor]
         except IndexError:
-            self.drift = f"it saved more than {len(self.actions)} tensors"
-            self.cursor = cursor + 1
+            self._begin_drift(cursor, f"it saved more than {len(self.actions)} tensors")
             return keep(tensor, self.foreign)
         if (
             tensor.shape != shape
@@ -163,27 +166,46 @@ class Frame:
             or not least <= _count_nodes() - self.first_node <= most
             or tensor.stride() != stride
         ):
-            self.drift = f"saved tensor {cursor} is another one ({tensor.dtype} {list(tensor.shape)})"
-        return self.place(tensor)
+            self._begin_drift(cursor, f"saved tensor {cursor} is another one ({tensor.dtype} {list(tensor.shape)})")
+            return keep(tensor, self.foreign)
+        if not is_plain:
+            return self._settle(tensor, cursor)
+        if phase != KEEP:
+            return self.phases[phase], slot
+        if self.foreign is not None:
+            return keep(tensor, self.foreign)
+        return (tensor if tensor.grad_fn is None else tensor.detach()), tensor._version
 
     def place(self, tensor: torch.Tensor) -> Any:
-        """Do with the next saved tensor what the recipe says."""
-        cursor = self.cursor
-        self.cursor = cursor + 1
-        if self.drift:
-            return keep(tensor, self.foreign)
-        _, _, _, _, _, phase, slot, root, narrow = self.actions[cursor]
-        if narrow is not None:
-            self.roots[narrow[0]] = tensor.to(narrow[1])
-        if self.rebuilt is not None and cursor in self.recipe.input_packs:
-            return InputPlace(self.rebuilt, self.recipe.input_packs[cursor]), 0
-        if phase != KEEP:
-            at = self.phases[phase]
-            self.dropped.append((at, slot, cursor))
-            return at, slot
-        if root != KEEP:
-            self.roots[root] = tensor
+        """Do with the next saved tensor what the recipe says, without comparing it."""
+        self.cursor += 1
+        return self._settle(tensor, self.cursor - 1)
+
+    def _settle(self, tensor: torch.Tensor, number: int) -> Any:
+        action = self.actions[number]
+        if action.narrow is not None:
+            value, dtype = action.narrow
+            self.roots[value] = tensor.detach().to(dtype)
+        if self._is_rebuilt(number):
+            assert self.rebuilt is not None, "checked just now"
+            return InputPlace(self.rebuilt, self.recipe.input_packs[number]), 0
+        if action.phase != KEEP:
+            return self.phases[action.phase], action.slot
+        if action.root != KEEP:
+            self.roots[action.root] = tensor.detach()
         return keep(tensor, self.foreign)
+
+    def _is_rebuilt(self, number: int) -> bool:
+        return self.rebuilt is not None and number in self.recipe.input_packs
+
+    def _begin_drift(self, number: int, reason: str) -> None:
+        self.drift, self.num_placed = reason, number
+
+    def _dropped(self) -> Iterator[tuple[Phase, int, int]]:
+        """Phase, slot and number of every tensor that was dropped before the drift."""
+        for number, action in enumerate(self.actions[: min(self.num_placed, self.cursor)]):
+            if action.phase != KEEP and not self._is_rebuilt(number):
+                yield self.phases[action.phase], action.slot, number
 
     def finish(self) -> bool:
         """The forward has ended; returns whether it did what was recorded. If not, `drift` says what was different."""
@@ -202,21 +224,21 @@ class Frame:
         if self._source_versions() != self.versions:
             self.drift = "it changed one of its sources in place"
             return False
-        values = self.recipe.tape.values
+        values, settings = self.recipe.tape.values, numerics()
         for phase in self.phases:
             roots = []
             for value in phase.program.roots:
                 base, tensor = values[value].base, self.roots[value]
                 is_base = tensor.shape == base.shape and tensor.stride() == base.stride
-                roots.append((tensor if is_base else base.apply(tensor)).detach())
-            phase.complete(self.sources, roots)
+                roots.append(tensor if is_base else base.apply(tensor))
+            phase.complete(self.sources, roots, settings)
         self._let_go()
         return True
 
     def recover(self, rerun: Rerun, tensors_saved: int) -> None:
         """Bring what was dropped before the drift back by running the whole block again."""
         rerun.num_saved = tensors_saved
-        for phase, slot, number in self.dropped:
+        for phase, slot, number in self._dropped():
             action = self.actions[number]
             rerun.expected[number] = action.shape, action.dtype
             phase.rerun = (phase.rerun or {}) | {slot: (rerun, number)}
@@ -224,7 +246,7 @@ class Frame:
 
     def lose(self, reason: str) -> None:
         """What was dropped before the drift cannot be made again: asking for it raises."""
-        for phase, _, _ in self.dropped:
+        for phase, _, _ in self._dropped():
             phase.lost = reason
         self._let_go()
 
@@ -235,7 +257,7 @@ class Frame:
 
     def _let_go(self) -> None:
         """Autograd keeps the pack hook, and so this object, as long as any tensor that went through it is saved."""
-        self.roots, self.dropped, self.phases, self.sources, self.rebuilt = {}, [], [], (), None
+        self.roots, self.phases, self.sources, self.rebuilt = {}, [], (), None
 
     def _source_versions(self) -> list[int]:
         return [source._version for source in self.sources if isinstance(source, torch.Tensor)]
@@ -301,12 +323,12 @@ def unpack(packed: Any) -> torch.Tensor:
     if type(packed) is _Kept:
         return packed.unpack(packed.packed)
     first, second = packed
-    if isinstance(first, torch.Tensor):
-        if first._version != second:
-            raise RuntimeError(_changed(first, second, "for gradient computation"))
-        return first
-    tensor: torch.Tensor = first.take(second)  # a phase or a rerun
-    return tensor
+    if not isinstance(first, torch.Tensor):
+        tensor: torch.Tensor = first.take(second)  # a phase, a rerun, or the place of an input
+        return tensor
+    if first._version != second:
+        raise RuntimeError(_changed(first, second, "for gradient computation"))
+    return first
 
 
 def _changed(tensor: torch.Tensor, version: int, why: str, name: str = "") -> str:

@@ -156,7 +156,7 @@ def _choose(candidates: Candidates, mode: str, segment_length: int | None, limit
 
 def _cheapest(candidates: Candidates, limit: int) -> Blocks:
     """The placements with the fewest recomputed operations that fit, checked by running them."""
-    if candidates.peak(candidates.keep_all()) <= limit:
+    if candidates.fits(candidates.keep_all(), limit):
         return candidates.keep_all()
     target = limit
     for _ in range(_MAX_CORRECTIONS):
@@ -171,7 +171,7 @@ def _cheapest(candidates: Candidates, limit: int) -> Blocks:
         target -= excess
     below = (candidates.recompute_all(), candidates.uniform(LEAST), *candidates.all_segments())
     for blocks in (*below, *candidates.all_segments(LEAST)):
-        if candidates.peak(blocks) <= limit:
+        if candidates.fits(blocks, limit):
             return blocks
     raise _infeasible(candidates, limit)
 

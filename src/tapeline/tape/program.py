@@ -60,6 +60,8 @@ class PackAction(NamedTuple):
     dtype: torch.dtype
     least_nodes: int
     most_nodes: int
+    is_plain: bool = True
+    """Kept as it is, or dropped: nothing starts from it, and no other block has it."""
     phase: int = KEEP
     """`KEEP`, or the phase that replays it."""
     slot: int = 0
@@ -103,6 +105,10 @@ def compile_recipe(tape: Tape, graph: BlockGraph, choice: BlockChoice) -> Recipe
         targets = [(tape.packs[index].value, tape.packs[index].geometry) for index in dropped]
         programs.append(compile_program(tape, graph, choice.held, targets, sources))
     _mark_roots(tape, actions, {value for program in programs for value in program.roots})
+    input_packs = _input_packs(tape)
+    for index, action in enumerate(actions):
+        is_plain = action.root == KEEP and action.narrow is None and index not in input_packs
+        actions[index] = action._replace(is_plain=is_plain)
     return Recipe(
         tape=tape,
         graph=graph,
@@ -110,7 +116,7 @@ def compile_recipe(tape: Tape, graph: BlockGraph, choice: BlockChoice) -> Recipe
         packs=tuple(actions),
         programs=tuple(programs),
         sources=tuple(sources),
-        input_packs=_input_packs(tape),
+        input_packs=input_packs,
         least_nodes=tape.num_nodes - max(0, tape.cached_casts),
         most_nodes=tape.num_nodes - min(0, tape.cached_casts),
     )
