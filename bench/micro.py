@@ -21,6 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from tapeline.cost.device import nominal_rates
 from tapeline.planner.policy import CHEAP, KEEP, RECOMPUTE, Policy
+from tapeline.runtime.ambient import Ambient
 from tapeline.runtime.block import BlockSeam
 from tapeline.runtime.frame import Frame, Phase, unpack
 from tapeline.runtime.inputs import Chain
@@ -174,7 +175,7 @@ def hooks(block: Block, rounds: Rounds) -> dict[str, float]:
     recipe = _recipe(seam)
 
     def framed() -> None:
-        frame = Frame("block", recipe, _sources(seam, recipe, block))
+        frame = Frame("block", recipe, _sources(seam, recipe, block), _ambient(block))
         with saved_tensors_hooks(frame.pack, unpack):
             out = block.plain()
         assert frame.finish(), frame.drift
@@ -194,9 +195,8 @@ def dropped(block: Block, rounds: Rounds) -> dict[str, float]:
     phases, number = _phases(seam, block), len(_recipe(seam).packs)
 
     def replay() -> None:
-        with torch.no_grad():
-            for phase in phases:
-                run_program(phase.program, phase.sources, phase.roots)
+        for phase in phases:
+            run_program(phase.program, phase.sources, phase.roots)
 
     identity, managed, replayed = rounds.microseconds(
         lambda: _step_with_identity_hooks(block), lambda: block.managed_step(seam), replay
@@ -211,9 +211,8 @@ def replays(block: Block, rounds: Rounds) -> dict[str, float]:
     calls = [call for phase in phases for call in _bare_calls(phase)]
 
     def replay() -> None:
-        with torch.no_grad():
-            for phase in phases:
-                run_program(phase.program, phase.sources, phase.roots)
+        for phase in phases:
+            run_program(phase.program, phase.sources, phase.roots)
 
     def phase_replay() -> None:
         for phase in phases:
@@ -332,10 +331,14 @@ def _sources(seam: BlockSeam, recipe: Recipe, block: Block) -> list[torch.Tensor
     ]
 
 
+def _ambient(block: Block) -> Ambient:
+    return Ambient(surroundings(), arguments_key(block.args, block.kwargs)[1])
+
+
 def _phases(seam: BlockSeam, block: Block) -> list[Phase]:
     """The phases of one call of the block, ready to be replayed."""
     recipe = _recipe(seam)
-    frame = Frame("block", recipe, _sources(seam, recipe, block))
+    frame = Frame("block", recipe, _sources(seam, recipe, block), _ambient(block))
     phases = list(frame.phases)
     for tensor in block.saved():
         frame.place(tensor)
@@ -360,8 +363,7 @@ def _bare_calls(phase: Phase) -> list[tuple[Any, Any, Any]]:
         function.__globals__,
         argdefs=tuple(noting(value) if isinstance(value, _CALLED) else value for value in function.__defaults__),
     )
-    with torch.no_grad():
-        run_program(replace(phase.program, function=noted), phase.sources, phase.roots)
+    run_program(replace(phase.program, function=noted), phase.sources, phase.roots)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Random state and autocast state at the entry of a call, and how to run under them again."""
+"""Random state and settings at the entry of a call, and how to run under them again."""
 
 from __future__ import annotations
 
@@ -9,42 +9,37 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from tapeline.runtime.signature import Surroundings
+
 _LOCK = threading.RLock()
 """The default generators are shared by all threads: one replay at a time may set them back."""
 
 
 class Ambient:
-    """The state of the generators, and of autocast, when it was made.
+    """The state of the generators when it was made, and the settings of then.
 
     Args:
+        settings: the surroundings of the call.
         tensors: the arguments of the call; the generators of their devices are noted beside the CPU's.
     """
 
-    __slots__ = (
-        "autocast",
-        "cpu_state",
-        "default_dtype",
-        "device_states",
-        "device_type",
-        "devices",
-        "is_cache_enabled",
-    )
+    __slots__ = ("cpu_state", "device_states", "device_type", "devices", "settings")
 
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self.cpu_state = torch.get_rng_state()
-        kinds = {tensor.device.type for tensor in tensors} - {"cpu", "meta"}
-        self.device_type = min(kinds, default="cuda")
-        self.devices, self.device_states = get_device_states(*tensors) if kinds else ([], [])
-        self.autocast = [
-            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", *sorted(kinds))
-        ]
-        self.is_cache_enabled = torch.is_autocast_cache_enabled()
-        self.default_dtype = torch.get_default_dtype()
+    def __init__(self, settings: Surroundings, tensors: Sequence[torch.Tensor]) -> None:
+        self.settings = settings
+        self.cpu_state = torch.default_generator.get_state()
+        self.devices: list[int] = []
+        self.device_states: list[torch.Tensor] = []
+        self.device_type = ""
+        on_device = [tensor for tensor in tensors if not (tensor.is_cpu or tensor.is_meta)]
+        if on_device:
+            self.device_type = on_device[0].device.type
+            self.devices, self.device_states = get_device_states(*on_device)
 
     @contextmanager
     def random_state(self) -> Iterator[None]:
         """Draw as the call drew, and put today's state back."""
-        with _LOCK, torch.random.fork_rng(devices=self.devices, device_type=self.device_type):
+        with _LOCK, torch.random.fork_rng(self.devices, device_type=self.device_type or "cuda"):
             torch.set_rng_state(self.cpu_state)
             if self.devices:
                 set_device_states(self.devices, self.device_states, device_type=self.device_type)
@@ -54,7 +49,7 @@ class Ambient:
     def dtype_restored(self) -> Iterator[None]:
         """Make new tensors in the default dtype of then."""
         now = torch.get_default_dtype()
-        torch.set_default_dtype(self.default_dtype)
+        torch.set_default_dtype(self.settings.default_dtype)
         try:
             yield
         finally:
@@ -66,8 +61,16 @@ class Ambient:
         with ExitStack() as stack:
             stack.enter_context(self.random_state())
             stack.enter_context(self.dtype_restored())
-            for kind, is_enabled, dtype in self.autocast:
+            autocast = {"cpu": self.settings.autocast_cpu}
+            if self.device_type:
+                autocast[self.device_type] = self.settings.autocast_accelerator
+            for kind, dtype in autocast.items():
                 stack.enter_context(
-                    torch.autocast(kind, dtype=dtype, enabled=is_enabled, cache_enabled=self.is_cache_enabled)
+                    torch.autocast(
+                        kind,
+                        dtype=dtype or None,
+                        enabled=bool(dtype),
+                        cache_enabled=self.settings.is_cache_enabled,
+                    )
                 )
             yield

@@ -100,9 +100,10 @@ class BlockSeam:
             return forward(*args, **kwargs)
         self.num_calls += 1
         invocation = Invocation(forward, args, kwargs)
+        settings = surroundings()
         if self.is_strict:
-            return run_strictly(self, invocation, tensors)
-        return self._dispatch((token, surroundings(), key), invocation, tensors, foreign)
+            return run_strictly(self, invocation, tensors, settings)
+        return self._dispatch((token, settings, key), invocation, tensors, foreign)
 
     def _dispatch(self, key: Any, invocation: Invocation, tensors: list[torch.Tensor], foreign: Hooks | None) -> Any:
         """Run a call in the way that fits its class."""
@@ -115,7 +116,7 @@ class BlockSeam:
                 return self._record_as_expected(key, invocation, tensors, foreign, source, expected)
             return self._record(key, invocation, tensors, foreign, prepared)
         if prepared.recipe is None:
-            return self._fall_back(prepared.known, invocation, tensors, foreign)
+            return self._fall_back(key, prepared.known, invocation, tensors, foreign)
         return self._run(key, prepared, invocation, tensors, foreign, source)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -134,7 +135,7 @@ class BlockSeam:
     ) -> Any:
         """As recorded: keep and drop what the recipe says."""
         assert prepared.recipe is not None, "checked by the caller"
-        ambient = Ambient(tensors)
+        ambient = Ambient(key[1], tensors)
         sources = find_sources(prepared.getters, tensors, rebuilt)
         frame = Frame(self.name, prepared.recipe, sources, ambient, foreign, rebuilt)
         before = self._versions(invocation)
@@ -157,7 +158,7 @@ class BlockSeam:
     ) -> Any:
         """Record the call while it runs; then treat it as any later one. An audit compares with what was known."""
         self.num_recorded += 1
-        ambient = Ambient(tensors)
+        ambient = Ambient(key[1], tensors)
         recorder = Recorder(self.module, (invocation.args, invocation.kwargs))
         late: list[Late] = []
 
@@ -211,7 +212,7 @@ class BlockSeam:
         another one, this call falls back to running the whole block again, and the next is recorded with everything held.
         """
         self.num_recorded += 1
-        ambient = Ambient(tensors)
+        ambient = Ambient(key[1], tensors)
         recorder = Recorder(self.module, (invocation.args, invocation.kwargs))
         getters = self.getters(recipe.sources)
         frame = Frame(self.name, recipe, find_sources(getters, tensors, rebuilt), ambient, foreign, rebuilt)
@@ -282,11 +283,11 @@ class BlockSeam:
         return prepared
 
     def _fall_back(
-        self, known: CallClass, invocation: Invocation, tensors: list[torch.Tensor], foreign: Hooks | None
+        self, key: Any, known: CallClass, invocation: Invocation, tensors: list[torch.Tensor], foreign: Hooks | None
     ) -> Any:
         """Without a tape: drop everything and run the whole block again, or keep everything."""
         self.note_reason(known.reason)
-        rerun = self._rerun(known, invocation, Ambient(tensors))
+        rerun = self._rerun(known, invocation, Ambient(key[1], tensors))
         self.chain.note(None, None)
         if rerun is None:
             return invocation.run()

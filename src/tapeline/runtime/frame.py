@@ -29,16 +29,15 @@ class Phase:
     """What one phase of one call needs to run: its program, tensors with the versions they had, the random state."""
 
     __slots__ = (
-        *("ambient", "block", "is_complete", "lock", "lost", "numerics", "program", "ready", "rerun", "roots"),
+        *("ambient", "block", "is_complete", "lock", "lost", "program", "ready", "rerun", "roots"),
         *("sources", "stream", "versions"),
     )
 
-    def __init__(self, block: str, program: Program, ambient: Ambient | None) -> None:
+    def __init__(self, block: str, program: Program, ambient: Ambient) -> None:
         self.block, self.program, self.ambient = block, program, ambient
         self.sources: Sequence[torch.Tensor | RebuiltInput] = ()
         self.roots: Sequence[torch.Tensor] = ()
         self.versions: list[int] = []
-        self.numerics: tuple[Any, ...] = ()
         self.ready: dict[int, torch.Tensor] = {}
         self.rerun: dict[int, tuple[Rerun, int]] | None = None
         self.lock = threading.RLock()
@@ -50,10 +49,9 @@ class Phase:
         self,
         sources: Sequence[torch.Tensor | RebuiltInput],
         roots: Sequence[torch.Tensor],
-        settings: tuple[Any, ...],
     ) -> None:
-        """The call has ended: from now on this phase can be replayed, under these settings only."""
-        self.sources, self.roots, self.numerics = sources, roots, settings
+        """The call has ended: from now on this phase can be replayed."""
+        self.sources, self.roots = sources, roots
         self.versions = [tensor._version for tensor in self._origins()]
         self.is_complete = True
 
@@ -87,10 +85,11 @@ class Phase:
             )
         if [tensor._version for tensor in self._origins()] != self.versions:
             self._raise_changed()
-        if self.numerics != numerics():
+        before, now = self.ambient.settings.numerics, numerics()
+        if before != now:
             raise RuntimeError(
                 "A setting that decides how kernels compute was changed between forward and backward of block "
-                f"{self.block!r}: {self.numerics} then, {numerics()} now (deterministic algorithms, matmul precision, TF32, "
+                f"{self.block!r}: {before} then, {now} now (deterministic algorithms, matmul precision, TF32, "
                 "reduced precision). Replaying would give another gradient. Change it before the forward."
             )
         sources = [source.tensor() if isinstance(source, RebuiltInput) else source for source in self.sources]
@@ -116,7 +115,7 @@ class Frame:
         block: name of the block.
         recipe: what to do with each saved tensor.
         sources: the tensors of the recipe's sources, as they are now, or an input that will be rebuilt.
-        ambient: the random state at entry.
+        ambient: the random state and the settings at entry.
         foreign: the hook pair that was in force before, which gets everything that is kept.
         rebuilt: the block's input, if it is not kept.
     """
@@ -131,7 +130,7 @@ class Frame:
         block: str,
         recipe: Recipe,
         sources: Sequence[torch.Tensor | RebuiltInput],
-        ambient: Ambient | None = None,
+        ambient: Ambient,
         foreign: Hooks | None = None,
         rebuilt: RebuiltInput | None = None,
     ) -> None:
@@ -159,22 +158,21 @@ class Frame:
             shape, stride, dtype, least, most, is_plain, phase, slot, _, _ = self.actions[cursor]
         except IndexError:
             self._begin_drift(cursor, f"it saved more than {len(self.actions)} tensors")
-            return keep(tensor, self.foreign)
-        if (
-            tensor.shape != shape
-            or tensor.dtype != dtype
-            or not least <= _count_nodes() - self.first_node <= most
-            or tensor.stride() != stride
-        ):
-            self._begin_drift(cursor, f"saved tensor {cursor} is another one ({tensor.dtype} {list(tensor.shape)})")
-            return keep(tensor, self.foreign)
-        if not is_plain:
-            return self._settle(tensor, cursor)
-        if phase != KEEP:
-            return self.phases[phase], slot
-        if self.foreign is not None:
-            return keep(tensor, self.foreign)
-        return (tensor if tensor.grad_fn is None else tensor.detach()), tensor._version
+        else:
+            if (
+                tensor.shape != shape
+                or tensor.dtype != dtype
+                or not least <= _count_nodes() - self.first_node <= most
+                or tensor.stride() != stride
+            ):
+                self._begin_drift(cursor, f"saved tensor {cursor} is another one ({tensor.dtype} {list(tensor.shape)})")
+            elif not is_plain:
+                return self._settle(tensor, cursor)
+            elif phase != KEEP:
+                return self.phases[phase], slot
+            elif self.foreign is None:
+                return (tensor if tensor.grad_fn is None else tensor.detach()), tensor._version
+        return keep(tensor, self.foreign)
 
     def place(self, tensor: torch.Tensor) -> Any:
         """Do with the next saved tensor what the recipe says, without comparing it."""
@@ -224,14 +222,14 @@ class Frame:
         if self._source_versions() != self.versions:
             self.drift = "it changed one of its sources in place"
             return False
-        values, settings = self.recipe.tape.values, numerics()
+        values = self.recipe.tape.values
         for phase in self.phases:
             roots = []
             for value in phase.program.roots:
                 base, tensor = values[value].base, self.roots[value]
                 is_base = tensor.shape == base.shape and tensor.stride() == base.stride
                 roots.append(tensor if is_base else base.apply(tensor))
-            phase.complete(self.sources, roots, settings)
+            phase.complete(self.sources, roots)
         self._let_go()
         return True
 
@@ -257,7 +255,7 @@ class Frame:
 
     def _let_go(self) -> None:
         """Autograd keeps the pack hook, and so this object, as long as any tensor that went through it is saved."""
-        self.roots, self.phases, self.sources, self.rebuilt = {}, [], (), None
+        self.roots, self.phases, self.sources, self.rebuilt, self.num_placed = {}, [], (), None, 0
 
     def _source_versions(self) -> list[int]:
         return [source._version for source in self.sources if isinstance(source, torch.Tensor)]

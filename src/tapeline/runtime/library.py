@@ -71,7 +71,6 @@ class Library:
         self._limits: dict[str, Limits] = {}
         self._recipes: dict[tuple[str, Policy], Recipe] = {}
         self._outputs: dict[str, Program | None] = {}
-        self._sources: dict[str, dict[Any, int]] = {}
 
     def records(self, name: str, module: nn.Module) -> BlockRecords:
         """What is known of a block."""
@@ -114,21 +113,11 @@ class Library:
 
     def output_program(self, recipe: Recipe) -> Program | None:
         """The calls that make the outputs of a tape from sources alone, which are those of `recipe`; ``None`` if none do."""
-        tape, graph = recipe.tape, recipe.graph
-        if tape.digest not in self._outputs:
-            sources = {source: number for number, source in enumerate(self.all_sources(tape))}
-            try:
-                program = compile_program(tape, graph, frozenset(), tape.outputs, sources)
-            except NotReplayable:
-                program = None
-            if tape.digest in self.failures:  # something that leads there replays differently
-                program = None
-            if program is not None and (
-                program.roots or not all(graph.steps[step].can_replay for step in program.steps)
-            ):
-                program = None
-            self._outputs[tape.digest] = program
-        return self._outputs[tape.digest]
+        digest = recipe.tape.digest
+        if digest not in self._outputs:  # after a failure, something that leads there replays differently
+            has_failed = digest in self.failures
+            self._outputs[digest] = None if has_failed else _output_program(recipe, self.all_sources(recipe.tape))
+        return self._outputs[digest]
 
     def drop_output_program(self, tape: Tape, reason: str) -> None:
         """The outputs of this tape cannot be made again."""
@@ -137,8 +126,8 @@ class Library:
             self.failures.setdefault(tape.digest, []).append(reason)
 
     def all_sources(self, tape: Tape) -> list[Any]:
-        """The sources that any op of a tape reads."""
-        read = {index for op in tape.ops for index in op.reads}
+        """The sources that any op of a tape reads, or that the call hands on."""
+        read = {index for op in tape.ops for index in op.reads} | {index for index, _ in tape.outputs}
         sources = (tape.values[index].source for index in sorted(read))
         return list(dict.fromkeys(source for source in sources if source is not None and source.kind != UNKNOWN))
 
@@ -162,6 +151,17 @@ class Library:
             held, dropped = self.rules.apply(tape)
             self._limits[tape.digest] = Limits(held=held, dropped=dropped)
         return self._limits[tape.digest]
+
+
+def _output_program(recipe: Recipe, sources: list[Any]) -> Program | None:
+    tape, graph = recipe.tape, recipe.graph
+    numbers = {source: number for number, source in enumerate(sources)}
+    try:
+        program = compile_program(tape, graph, frozenset(), tape.outputs, numbers)
+    except NotReplayable:
+        return None
+    is_whole = not program.roots and all(graph.steps[step].can_replay for step in program.steps)
+    return program if is_whole else None
 
 
 def _reasons(tape: Tape, policy: Policy) -> str:

@@ -12,7 +12,7 @@ from tapeline.ledger import RECOMPUTE, Ledger, active_ledgers
 from tapeline.runtime.ambient import Ambient
 from tapeline.tape.fake import ShapeMode
 from tapeline.tape.program import Program
-from tapeline.tape.replay import isolated, run_program
+from tapeline.tape.replay import only_modes, run_program
 
 OBSERVERS = (Ledger, ShapeMode, FlopCounterMode, _FlopCounterMode)
 """Dispatch modes that see replayed ops too, because they change nothing; all others are off."""
@@ -23,17 +23,20 @@ def replay(
     program: Program,
     sources: Sequence[torch.Tensor],
     roots: Sequence[torch.Tensor],
-    ambient: Ambient | None,
+    ambient: Ambient,
 ) -> list[torch.Tensor]:
     """Run a program of `block` with nothing of the surroundings in force, under the random state of the forward."""
+    has_modes = torch._C._len_torch_dispatch_stack()
+    is_other_dtype = ambient.settings.default_dtype != torch.get_default_dtype()
+    if not (has_modes or is_other_dtype or program.is_random):
+        return run_program(program, sources, roots)
     with ExitStack() as stack:
-        stack.enter_context(isolated(OBSERVERS))
-        if torch._C._len_torch_dispatch_stack():
+        if has_modes:
+            stack.enter_context(only_modes(OBSERVERS))
             for ledger in active_ledgers():
                 stack.enter_context(ledger.scope(RECOMPUTE, block))
-        if ambient is not None and ambient.default_dtype != torch.get_default_dtype():
+        if is_other_dtype:
             stack.enter_context(ambient.dtype_restored())
         if program.is_random:
-            assert ambient is not None, "noted for every random recipe"
             stack.enter_context(ambient.random_state())
         return run_program(program, sources, roots)

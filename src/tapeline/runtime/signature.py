@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -35,26 +36,43 @@ def has_objects(key: tuple[Any, ...]) -> bool:
     return any(isinstance(part, type) for part in key)
 
 
-def surroundings() -> tuple[Any, ...]:
-    """Settings that decide which kernels the forward calls."""
-    accelerator = _accelerator()
-    return (
+class Surroundings(NamedTuple):
+    """Settings that decide which kernels the forward calls, and how they compute."""
+
+    autocast_cpu: torch.dtype | Literal[False]
+    """The dtype of autocast on the CPU, if it is on."""
+    autocast_accelerator: torch.dtype | Literal[False]
+    is_cache_enabled: bool
+    """Whether autocast keeps its copies of parameters."""
+    default_dtype: torch.dtype
+    attention: tuple[bool, ...]
+    """Which attention kernels are allowed."""
+    numerics: tuple[Any, ...]
+    """How kernels compute; a replay must find these settings as the forward had them."""
+
+
+def surroundings() -> Surroundings:
+    """The settings now."""
+    accelerator = accelerator_type()
+    return Surroundings(
         torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
         torch.is_autocast_enabled(accelerator) and torch.get_autocast_dtype(accelerator),
         torch.is_autocast_cache_enabled(),
         torch.get_default_dtype(),
-        torch._C._get_flash_sdp_enabled(),
-        torch._C._get_mem_efficient_sdp_enabled(),
-        torch._C._get_math_sdp_enabled(),
-        torch._C._get_cudnn_sdp_enabled(),
-        *numerics(),
+        (
+            torch._C._get_flash_sdp_enabled(),
+            torch._C._get_mem_efficient_sdp_enabled(),
+            torch._C._get_math_sdp_enabled(),
+            torch._C._get_cudnn_sdp_enabled(),
+        ),
+        numerics(),
     )
 
 
 def numerics() -> tuple[Any, ...]:
-    """Settings that decide how a kernel computes; a replay must find them as the forward had them."""
+    """Settings that decide how a kernel computes."""
     return (
-        torch.are_deterministic_algorithms_enabled(),
+        torch._C._get_deterministic_algorithms(),
         torch.get_float32_matmul_precision(),
         torch._C._get_cublas_allow_tf32(),
         torch._C._get_cudnn_allow_tf32(),
@@ -63,7 +81,9 @@ def numerics() -> tuple[Any, ...]:
     )
 
 
-def _accelerator() -> str:
+@functools.cache
+def accelerator_type() -> str:
+    """The kind of accelerator that this machine has; ``"cuda"`` if it has none."""
     found = torch.accelerator.current_accelerator()
     return "cuda" if found is None else found.type
 
@@ -71,17 +91,10 @@ def _accelerator() -> str:
 def _describe(value: Any, key: list[Any], tensors: list[torch.Tensor]) -> None:
     if isinstance(value, torch.Tensor):
         tensors.append(value)
-        key.append(
-            (
-                type(value),
-                value.shape,
-                value.stride() if value.layout == torch.strided else value.layout,
-                value.storage_offset() if value.layout == torch.strided else 0,
-                value.dtype,
-                value.device,
-                value.requires_grad,
-            )
-        )
+        layout: Any = value.layout
+        is_strided = layout is torch.strided
+        place = (value.stride(), value.storage_offset()) if is_strided else (layout, 0)
+        key.append((type(value), value.shape, *place, value.dtype, value.device, value.requires_grad))
     elif isinstance(value, PLAIN):
         key.append((type(value), value))
     elif isinstance(value, list | tuple):

@@ -14,6 +14,7 @@ from tapeline.runtime.ambient import Ambient
 from tapeline.runtime.frame import keep, unpack
 from tapeline.runtime.invocation import Invocation
 from tapeline.runtime.replaying import replay
+from tapeline.runtime.signature import Surroundings
 from tapeline.tape.graph import ARGUMENT, UNKNOWN, Tape, Value
 from tapeline.tape.options import Limits, block_graph, can_replay
 from tapeline.tape.program import NotReplayable, Program, compile_program
@@ -45,13 +46,13 @@ class StrictRecorder(Recorder):
         return keep(tensor)
 
 
-def run_strictly(seam: BlockSeam, invocation: Invocation, tensors: list[torch.Tensor]) -> Any:
+def run_strictly(seam: BlockSeam, invocation: Invocation, tensors: list[torch.Tensor], settings: Surroundings) -> Any:
     """Run a call with everything kept, and then replay it op by op.
 
     Raises:
         PlanDriftError: naming the first op whose result differs in any bit.
     """
-    ambient = Ambient(tensors)
+    ambient = Ambient(settings, tensors)
     recorder = StrictRecorder(seam.module, (invocation.args, invocation.kwargs))
     with saved_tensors_hooks(recorder.keep, unpack), recorder:
         out = invocation.run()

@@ -21,7 +21,7 @@ class ReplayFailedError(RuntimeError):
 
 
 def run_program(program: Program, sources: Sequence[torch.Tensor], roots: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Replay one phase; returns the tensor of each slot.
+    """Replay one phase with no autograd, no autocast and no function mode; returns the tensor of each slot.
 
     Args:
         program: what to run.
@@ -31,8 +31,10 @@ def run_program(program: Program, sources: Sequence[torch.Tensor], roots: Sequen
     Raises:
         ReplayFailedError: if an op raises.
     """
+    used = [sources[number] for number in program.sources]
     try:
-        return program.function([sources[number] for number in program.sources], roots)
+        with torch._C.DisableTorchFunction(), torch._C._DisableAutocast(), torch.no_grad():
+            return program.function(used, roots)
     except Exception as error:
         raise ReplayFailedError(_failed_op(program, error)) from error
 
@@ -47,15 +49,11 @@ def _failed_op(program: Program, error: Exception) -> Op | None:
 
 
 @contextmanager
-def isolated(observers: tuple[type, ...]) -> Iterator[None]:
-    """No autograd, no autocast, no function mode, and of the dispatch modes only observers that change nothing."""
-    with torch._C.DisableTorchFunction(), torch._C._DisableAutocast(), torch.no_grad():
-        if not torch._C._len_torch_dispatch_stack():
-            yield
-            return
-        kept = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, observers)]
-        with _disable_current_modes(), _entered(kept):
-            yield
+def only_modes(observers: tuple[type, ...]) -> Iterator[None]:
+    """Of the dispatch modes in force only those that observe and change nothing."""
+    kept = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, observers)]
+    with _disable_current_modes(), _entered(kept):
+        yield
 
 
 @contextmanager
