@@ -26,15 +26,13 @@ class Rates:
     """Bytes per second that elementwise ops read and write."""
     op_seconds: float
     """Seconds that launching or replaying one op takes at least."""
-    pack_seconds: float
-    """Seconds that the hooks spend on one saved tensor, packed and unpacked."""
 
 
-# assumed: about 60 % of the data sheet of a current accelerator, and two cores of a server CPU; replayed ops and hooks
+# assumed: about 60 % of the data sheet of a current accelerator, and two cores of a server CPU; replayed ops
 # as bench/smoke.py measures them
 _NOMINAL = {
-    "cpu": Rates(matmul_flops=1e11, attention_flops=5e10, memory_bytes=1e10, op_seconds=5e-6, pack_seconds=3e-6),
-    "cuda": Rates(matmul_flops=4e14, attention_flops=3e14, memory_bytes=2e12, op_seconds=5e-6, pack_seconds=3e-6),
+    "cpu": Rates(matmul_flops=1e11, attention_flops=5e10, memory_bytes=1e10, op_seconds=5e-6),
+    "cuda": Rates(matmul_flops=4e14, attention_flops=3e14, memory_bytes=2e12, op_seconds=5e-6),
 }
 
 
