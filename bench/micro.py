@@ -357,13 +357,14 @@ def _bare_calls(phase: Phase) -> list[tuple[Any, Any, Any]]:
 
         return call
 
-    function: Any = phase.program.function
+    script = phase.program.script
+    function: Any = script.function
     noted = FunctionType(
         function.__code__,
         function.__globals__,
         argdefs=tuple(noting(value) if isinstance(value, _CALLED) else value for value in function.__defaults__),
     )
-    run_program(replace(phase.program, function=noted), phase.sources, phase.roots)
+    run_program(replace(phase.program, script=script._replace(function=noted)), phase.sources, phase.roots)
     return found
 
 

@@ -155,7 +155,7 @@ def test_every_phase_is_replayed_before_anything_is_dropped(monkeypatch: pytest.
         assert min(programs) > 1
     replays: list[int] = []
     original = Phase.replay
-    monkeypatch.setattr(Phase, "replay", lambda self: replays.append(1) or original(self))
+    monkeypatch.setattr(Phase, "replay", lambda self, check=None: replays.append(1) or original(self, check))
     with tapeline.apply(llama.model, plan, measure=False) as session:
         llama.loss_fn(llama.model, llama.batch)
         assert len(replays) == sum(len(recipe.programs) for recipe in session._library._recipes.values())

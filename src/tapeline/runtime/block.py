@@ -21,7 +21,7 @@ from tapeline.runtime.library import CallClass, Library
 from tapeline.runtime.rerun import Rerun
 from tapeline.runtime.signature import arguments_key, has_objects, surroundings
 from tapeline.runtime.strict import run_strictly
-from tapeline.runtime.verifier import verify, verify_outputs
+from tapeline.runtime.verifier import settle, verify_outputs
 from tapeline.tape.graph import ARGUMENT, Source, Tape, first_difference
 from tapeline.tape.program import Recipe
 from tapeline.tape.record import DRAWS_NUMBERS, Recorder
@@ -82,6 +82,7 @@ class BlockSeam:
         self.is_strict = False
         """Keep everything, replay every op of every call, and raise where one differs."""
         self._prepared: dict[Any, Prepared] = {}
+        self._generation = library.generation
         self._unexpected: set[Any] = set()
         """Classes of calls that were not as those of another block of its like, and are yet to be verified."""
 
@@ -108,6 +109,9 @@ class BlockSeam:
     def _dispatch(self, key: Any, invocation: Invocation, tensors: list[torch.Tensor], foreign: Hooks | None) -> Any:
         """Run a call in the way that fits its class."""
         source = self._rebuilt(tensors)
+        if self._generation != self.library.generation:
+            self._generation = self.library.generation
+            self._prepared.clear()
         prepared = self._prepared.get(key) or self._prepare(key)
         if prepared is None or (self.is_due_for_audit and prepared.recipe is not None):
             self.is_due_for_audit = False
@@ -185,15 +189,15 @@ class BlockSeam:
             return out
         if audited is not None and audited.known.tape is not None and audited.known.tape.digest != tape.digest:
             self.note_reason(f"an audit found another tape: {first_difference(audited.known.tape, tape)}")
-        recipe = verify(self, tape, saved, tensors, ambient, always=audited is not None)
-        prepared = self._prepared[key] = Prepared(known, recipe, self.getters(recipe.sources))
-        self.library.expected[self._kind(), key[1:], self.policy] = recipe
+        recipe = self.library.recipe(tape, self.policy)
+        prepared = Prepared(known, recipe, self.getters(recipe.sources))
         frame = Frame(self.name, recipe, find_sources(prepared.getters, tensors), ambient)
-        for place, tensor in zip(places, saved, strict=True):
-            place.settle(frame.place(tensor))
         self._cast_versions[key] = frame.parameter_versions()
-        is_complete = frame.complete()
-        assert is_complete, "nothing has run since the call was recorded"
+        if settle(self, frame, places, saved, is_audit=audited is not None):
+            self._prepared[key] = prepared
+            self.library.expected[self._kind(), key[1:], self.policy] = recipe
+        else:
+            self._prepared.pop(key, None)
         self._note_output(out, recipe, ambient, tensors, None)
         return out
 
@@ -240,7 +244,7 @@ class BlockSeam:
         frame.drift = frame.drift or "it has another tape than a block built alike"
         self._recover(frame, key, invocation, ambient, before, tape)
         self.chain.note(None, None)
-        if known.tape is not None and (known.tape.digest, self.policy) not in self.library.verified:
+        if known.tape is not None and not self.library.is_verified(known.tape, self.policy):
             del self.records.classes[key]
             self._unexpected.add(key)
         return out
@@ -275,7 +279,7 @@ class BlockSeam:
         known = (
             self.records.fixed or self.records.classes.get(key) or self.library.obstacles.get((self._kind(), key[1:]))
         )
-        if known is None:
+        if known is None or (known.tape is not None and not self.library.is_verified(known.tape, self.policy)):
             return None
         recipe = self.library.recipe(known.tape, self.policy) if known.tape is not None else None
         getters = self.getters(recipe.sources) if recipe is not None else []

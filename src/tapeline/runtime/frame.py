@@ -20,6 +20,7 @@ from tapeline.runtime.rerun import Rerun
 from tapeline.runtime.signature import numerics
 from tapeline.tape.graph import PARAMETER, Geometry
 from tapeline.tape.program import KEEP, Program, Recipe
+from tapeline.tape.straight import Check
 
 Hooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
 _count_nodes = torch.autograd._get_sequence_nr
@@ -69,8 +70,8 @@ class Phase:
                 _hand_over(tensor, self.stream)
             return tensor
 
-    def replay(self) -> list[torch.Tensor]:
-        """Run the program once; returns the tensor of each slot.
+    def replay(self, check: Check | None = None) -> list[torch.Tensor]:
+        """Run the program once; returns the tensor of each slot, or hands one after the other to `check`.
 
         Raises:
             RuntimeError: if a tensor that it starts from has been changed in place since.
@@ -93,7 +94,7 @@ class Phase:
                 "reduced precision). Replaying would give another gradient. Change it before the forward."
             )
         sources = [source.tensor() if isinstance(source, RebuiltInput) else source for source in self.sources]
-        return replay(self.block, self.program, sources, self.roots, self.ambient)
+        return replay(self.block, self.program, sources, self.roots, self.ambient, check)
 
     def _raise_changed(self) -> None:
         used = [self.sources[number] for number in self.program.sources]

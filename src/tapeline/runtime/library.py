@@ -48,10 +48,13 @@ class Library:
     Args:
         rates: rates of the device.
         rules: what the user insists on.
+        verifies: trust a recipe only once its replays gave what was saved; tensors without data cannot tell.
     """
 
-    def __init__(self, rates: Rates, rules: Rules | None = None) -> None:
-        self.rates, self.rules = rates, rules or Rules()
+    def __init__(self, rates: Rates, rules: Rules | None = None, *, verifies: bool = True) -> None:
+        self.rates, self.rules, self.verifies = rates, rules or Rules(), verifies
+        self.generation = 0
+        """How often recipes were found wrong, and others took their place."""
         self.tapes: dict[str, Tape] = {}
         """Every distinct tape, by digest."""
         self.failures: dict[str, list[str]] = {}
@@ -106,10 +109,16 @@ class Library:
             self._limits[tape.digest] = replace(limits, unreplayable=limits.unreplayable | ops)
             self._forget(tape, reason)
 
+    def is_verified(self, tape: Tape, policy: Policy) -> bool:
+        """Whether the recipe may be relied on without checking it."""
+        return not self.verifies or (tape.digest, policy) in self.verified
+
     def _forget(self, tape: Tape, reason: str) -> None:
         self.failures.setdefault(tape.digest, []).append(reason)
-        for key in [key for key in self._recipes if key[0] == tape.digest]:
-            del self._recipes[key]
+        self.generation += 1
+        self.verified = {key for key in self.verified if key[0] != tape.digest}
+        self._recipes = {key: recipe for key, recipe in self._recipes.items() if key[0] != tape.digest}
+        self.expected = {key: recipe for key, recipe in self.expected.items() if recipe.tape.digest != tape.digest}
 
     def output_program(self, recipe: Recipe) -> Program | None:
         """The calls that make the outputs of a tape from sources alone, which are those of `recipe`; ``None`` if none do."""

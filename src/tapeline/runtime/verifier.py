@@ -8,7 +8,7 @@ import torch
 
 from tapeline.runtime.ambient import Ambient
 from tapeline.runtime.finding import find_sources
-from tapeline.runtime.frame import Frame
+from tapeline.runtime.frame import Frame, Late, keep
 from tapeline.runtime.replaying import replay
 from tapeline.tape.graph import ARGUMENT, Tape
 from tapeline.tape.nested import tensor_leaves
@@ -23,41 +23,60 @@ if TYPE_CHECKING:
 _MAX_ROUNDS = 8
 
 
-def verify(
-    seam: BlockSeam,
-    tape: Tape,
-    saved: list[torch.Tensor],
-    tensors: list[torch.Tensor],
-    ambient: Ambient,
-    *,
-    always: bool = False,
-) -> Recipe:
-    """A recipe for `tape` of which every phase gives, bit for bit, what autograd saved in this call.
+def settle(
+    seam: BlockSeam, frame: Frame, places: list[Late], saved: list[torch.Tensor], *, is_audit: bool = False
+) -> bool:
+    """Do with every saved tensor of a recorded call what the recipe says; drop it only once its replay gave the same bits.
 
-    What comes out wrong is held from then on. One phase runs at a time, and its results are freed before the next.
+    One phase runs at a time. Each tensor is let go as soon as it has been compared, so that checking a recipe needs little
+    more memory than the call itself. What comes out wrong is kept, in this call and in all that follow.
 
     Args:
         seam: the block.
-        tape: the tape of the call that has just run.
-        saved: what autograd saved in it, in order.
-        tensors: the tensors of its arguments.
-        ambient: the random state at its entry.
-        always: also if an equal tape was verified before.
+        frame: the call, nothing of it placed yet.
+        places: what autograd holds, in the order of saving.
+        saved: the tensors in these places; emptied.
+        is_audit: check a recipe that was checked before.
+
+    Returns:
+        Whether the recipe may be used from now on. If not, the next call is recorded again.
     """
-    library = seam.library
-    for _ in range(_MAX_ROUNDS):
-        recipe = library.recipe(tape, seam.policy)
-        if (tape.digest, seam.policy) in library.verified and not always:
-            return recipe
-        wrong = _wrong_values(seam, recipe, saved, tensors, ambient)
-        if wrong == [KEEP]:
-            continue
-        if not wrong:
-            library.verified.add((tape.digest, seam.policy))
-            return recipe
+    library, recipe = seam.library, frame.recipe
+    tape = recipe.tape
+    packed = [frame.place(tensor) for tensor in saved]
+    saved.clear()
+    phases = list(frame.phases)
+    frame.complete()
+    is_known = not is_audit and library.is_verified(tape, seam.policy)
+    waiting = {index for index, action in enumerate(recipe.packs) if action.phase != KEEP and not is_known}
+    for index in set(range(len(packed))) - waiting:
+        places[index].settle(packed[index])
+    wrong: list[int] = []
+    for number, phase in enumerate(phases if waiting else ()):
+        slots = {recipe.packs[index].slot: index for index in waiting if recipe.packs[index].phase == number}
+
+        def check(slot: int, tensor: torch.Tensor, slots: dict[int, int] = slots) -> None:
+            index = slots[slot]
+            if same_bits(tensor, places[index].packed[0]):
+                places[index].settle(packed[index])
+                waiting.discard(index)
+            else:
+                wrong.append(tape.packs[index].value)
+
+        try:
+            phase.replay(check)
+        except ReplayFailedError as error:
+            library.never_replay(tape, error.op, f"block {seam.name!r}: {error} ({error.__cause__})")
+    for index in waiting:
+        places[index].settle(keep(places[index].packed[0]))
+    if len(library.failures.get(tape.digest, ())) >= _MAX_ROUNDS:
+        everything = {pack.value for pack in tape.packs}
+        library.keep_instead(tape, everything, f"block {seam.name!r}: replays kept differing")
+    elif wrong:
         library.keep_instead(tape, set(wrong), _message(seam.name, tape, wrong))
-    library.keep_instead(tape, {pack.value for pack in tape.packs}, f"block {seam.name!r}: replays kept differing")
-    return library.recipe(tape, seam.policy)
+    elif not waiting:
+        library.verified.add((tape.digest, seam.policy))
+    return not waiting
 
 
 def verify_outputs(seam: BlockSeam, recipe: Recipe, out: Any, tensors: list[torch.Tensor], ambient: Ambient) -> None:
@@ -77,30 +96,6 @@ def verify_outputs(seam: BlockSeam, recipe: Recipe, out: Any, tensors: list[torc
         library.verified_outputs.add(recipe.tape.digest)
     else:
         library.drop_output_program(recipe.tape, f"block {seam.name!r}: replaying its outputs gave something else")
-
-
-def _wrong_values(
-    seam: BlockSeam, recipe: Recipe, saved: list[torch.Tensor], tensors: list[torch.Tensor], ambient: Ambient
-) -> list[int]:
-    sources = find_sources(seam.getters(recipe.sources), tensors)
-    frame = Frame(seam.name, recipe, sources, ambient)
-    for tensor in saved:
-        frame.place(tensor)
-    phases = list(frame.phases)
-    frame.complete()
-    wrong = []
-    for number, phase in enumerate(phases):
-        try:
-            results = phase.replay()
-        except ReplayFailedError as error:
-            library = seam.library
-            library.never_replay(recipe.tape, error.op, f"block {seam.name!r}: {error} ({error.__cause__})")
-            return [KEEP]
-        for action, tensor, pack in zip(recipe.packs, saved, recipe.tape.packs, strict=True):
-            if action.phase == number and not same_bits(results[action.slot], tensor):
-                wrong.append(pack.value)
-        del results
-    return wrong
 
 
 def _message(name: str, tape: Tape, wrong: list[int]) -> str:

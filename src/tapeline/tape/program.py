@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from tapeline.planner.block import BlockChoice, BlockGraph, steps_for
 from tapeline.tape.functions import run_function
 from tapeline.tape.graph import ARGUMENT, UNKNOWN, Geometry, Op, Source, Tape, Use, uses
 from tapeline.tape.options import narrowings
-from tapeline.tape.straight import Register, Replay, Writer
+from tapeline.tape.straight import Register, Script, Writer
 
 KEEP = -1
 
@@ -30,12 +30,9 @@ class NotReplayable(Exception):  # noqa: N818 - caught inside the package, never
 class Program:
     """What one phase replays."""
 
-    function: Replay
-    """Makes the tensor of each slot, given the tensors of the sources and of the roots."""
-    text: str
-    """The function as Python code."""
-    ops: tuple[Op | None, ...]
-    """The recorded op of each line of the function's body."""
+    script: Script
+    checked: Callable[[], Script]
+    """The same calls, with each tensor compared and freed after its last use: checking needs no more memory than that."""
     sources: tuple[int, ...]
     """Numbers of the sources among those of the recipe."""
     roots: tuple[int, ...]
@@ -204,23 +201,56 @@ class _Compiler:
         for value, geometry in self.targets:
             base = self.tape.values[value].base
             results.append((self._register(value), None if geometry == base else geometry))
-        writer = Writer()
-        for place, (register, _) in enumerate(self.sources):
-            writer.load(register, f"sources[{place}]")
-        for place, (register, _) in enumerate(self.roots):
-            writer.load(register, f"roots[{place}]")
-        self._write(writer, {register for register, _ in results})
-        function, text = writer.finish(results)
         return Program(
-            function=function,
-            text=text,
-            ops=tuple(writer.ops),
+            script=self._script(results),
+            checked=partial(self._checked_script, results),
             sources=tuple(number for _, number in self.sources),
             roots=tuple(value for _, value in self.roots),
             is_random=any(op.is_random for op in self.ops),
             steps=tuple(op.index for op in self.ops),
             origins=self._origins(),
         )
+
+    def _script(self, results: list[tuple[int, Geometry | None]]) -> Script:
+        writer, kept = self._loaded(), {register for register, _ in results}
+        last = self._last_uses()
+        for number, call in enumerate(self.calls):
+            call.write(writer)
+            writer.free([register for register in last.get(number, ()) if register not in kept])
+        return writer.finish(results)
+
+    def _checked_script(self, results: list[tuple[int, Geometry | None]]) -> Script:
+        writer, last = self._loaded(), self._last_uses()
+        for number, call in enumerate(self.calls):
+            call.write(writer)
+            for slot, (register, geometry) in enumerate(results):
+                if register in last.get(number, ()):
+                    writer.check(slot, register, geometry)
+            writer.free(last.get(number, ()))
+        return writer.finish(())
+
+    def _loaded(self) -> Writer:
+        """A writer whose registers have the sources and the roots."""
+        writer = Writer()
+        for place, (register, _) in enumerate(self.sources):
+            writer.load(register, f"sources[{place}]")
+        for place, (register, _) in enumerate(self.roots):
+            writer.load(register, f"roots[{place}]")
+        return writer
+
+    def _last_uses(self) -> dict[int, list[int]]:
+        """The registers that no call needs any more, by the number of the last call that did; views count as their base."""
+        last: dict[int, int] = {}
+        for number, call in enumerate(self.calls):
+            last.update(dict.fromkeys(call.registers(), number))
+        for call in reversed(self.calls):
+            if isinstance(call.function, Geometry):
+                base = call.args[0].number
+                last[base] = max(last[base], last[call.results])
+        found: dict[int, list[int]] = {}
+        for register, number in last.items():
+            found.setdefault(number, []).append(register)
+        return found
 
     def _origins(self) -> tuple[str, ...]:
         names = {number: source for source, number in self.all_sources.items()}
@@ -296,22 +326,6 @@ class _Compiler:
         self.num_registers += 1
         return self.num_registers - 1
 
-    def _write(self, writer: Writer, results: set[int]) -> None:
-        """Write all calls, and after each what nothing needs any more."""
-        last: dict[int, int] = {}
-        for number, call in enumerate(self.calls):
-            last.update(dict.fromkeys(call.registers(), number))
-        frees: dict[int, list[int]] = {}
-        for register, number in last.items():
-            if register not in results:
-                frees.setdefault(number, []).append(register)
-        for number, call in enumerate(self.calls):
-            if isinstance(call.function, Geometry):
-                writer.view(call.results, call.args[0].number, call.function)
-            else:
-                writer.call(call.function, call.args, call.kwargs, call.results, call.op)
-            writer.free(frees.get(number, ()))
-
 
 class _Line(NamedTuple):
     """One call; a geometry in place of the function looks at a register in it."""
@@ -321,6 +335,12 @@ class _Line(NamedTuple):
     kwargs: dict[str, Any]
     results: Any
     op: Op | None
+
+    def write(self, writer: Writer) -> None:
+        if isinstance(self.function, Geometry):
+            writer.view(self.results, self.args[0].number, self.function)
+        else:
+            writer.call(self.function, self.args, self.kwargs, self.results, self.op)
 
     def registers(self) -> Iterator[int]:
         yield from _registers([*self.args, *self.kwargs.values()])

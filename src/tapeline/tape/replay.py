@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from tapeline.tape.graph import Op
 from tapeline.tape.program import Program
+from tapeline.tape.straight import Check, Script
 
 
 class ReplayFailedError(RuntimeError):
@@ -20,30 +21,37 @@ class ReplayFailedError(RuntimeError):
         self.op = op
 
 
-def run_program(program: Program, sources: Sequence[torch.Tensor], roots: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def run_program(
+    program: Program,
+    sources: Sequence[torch.Tensor],
+    roots: Sequence[torch.Tensor],
+    check: Check | None = None,
+) -> list[torch.Tensor]:
     """Replay one phase with no autograd, no autocast and no function mode; returns the tensor of each slot.
 
     Args:
         program: what to run.
         sources: tensors in the order of the recipe's sources.
         roots: held tensors in the order of the program's roots.
+        check: called with the number and the tensor of each slot, which is freed after that; nothing is returned then.
 
     Raises:
         ReplayFailedError: if an op raises.
     """
+    script = program.script if check is None else program.checked()
     used = [sources[number] for number in program.sources]
     try:
         with torch._C.DisableTorchFunction(), torch._C._DisableAutocast(), torch.no_grad():
-            return program.function(used, roots)
+            return script.function(used, roots, check)
     except Exception as error:
-        raise ReplayFailedError(_failed_op(program, error)) from error
+        raise ReplayFailedError(_failed_op(script, error)) from error
 
 
-def _failed_op(program: Program, error: Exception) -> Op | None:
+def _failed_op(script: Script, error: Exception) -> Op | None:
     trace = error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == "<replay>":
-            return program.ops[trace.tb_lineno - 2]  # line 1 is the signature
+            return script.ops[trace.tb_lineno - 2]  # line 1 is the signature
         trace = trace.tb_next
     return None
 

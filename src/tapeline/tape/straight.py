@@ -7,14 +7,26 @@ program, and says in which call an error was raised.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from tapeline.tape.graph import Geometry, Op
 from tapeline.tape.nested import tensor_leaves
 
-Replay = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], list[torch.Tensor]]
+Check = Callable[[int, torch.Tensor], None]
+Replay = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor], Check | None], list[torch.Tensor]]
+
+
+class Script(NamedTuple):
+    """A program as a function."""
+
+    function: Replay
+    """Makes the tensor of each slot, given the tensors of the sources and of the roots."""
+    text: str
+    """The function as Python code."""
+    ops: tuple[Op | None, ...]
+    """The recorded op of each line of the function's body."""
 
 
 class Register:
@@ -67,16 +79,19 @@ class Writer:
         if registers:
             self._line("del " + ", ".join(f"r{register}" for register in registers))
 
-    def finish(self, results: Sequence[tuple[int, Geometry | None]]) -> tuple[Replay, str]:
-        """The function, which returns `results`, and its text."""
+    def check(self, slot: int, register: int, geometry: Geometry | None) -> None:
+        """Hand the tensor of a slot to the function that compares it."""
+        self._line(f"check({slot}, {f'r{register}' if geometry is None else self._look(register, geometry)})")
+
+    def finish(self, results: Sequence[tuple[int, Geometry | None]]) -> Script:
+        """The function, which returns `results`."""
         looks = (f"r{r}" if geometry is None else self._look(r, geometry) for r, geometry in results)
         self._line(f"return [{', '.join(looks)}]")
-        arguments = ", ".join(["sources", "roots", *(f"{name}={name}" for name in self._constants)])
+        arguments = ", ".join(["sources", "roots", "check", *(f"{name}={name}" for name in self._constants)])
         text = "\n    ".join([f"def replay({arguments}):", *self.lines])
         scope = dict(self._constants)
         exec(compile(text, "<replay>", "exec"), scope)  # noqa: S102 - the text is made above, of names and numbers alone
-        function: Replay = scope["replay"]
-        return function, text
+        return Script(scope["replay"], text, tuple(self.ops))
 
     def _line(self, text: str, op: Op | None = None) -> None:
         self.lines.append(text)
