@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import tapeline
+from tapeline.runtime import verifier
 from tapeline.runtime.frame import Phase
 from tapeline.tape import program
 from tests.models import TinyModel, assert_equal
@@ -161,21 +162,61 @@ def test_every_phase_is_replayed_before_anything_is_dropped(monkeypatch: pytest.
         assert len(replays) == sum(len(recipe.programs) for recipe in session._library._recipes.values())
 
 
-def test_what_replays_differently_is_kept_and_reported(llama: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel that gives other bits the second time stands for all that a tape cannot know."""
+@pytest.mark.parametrize("mode", ["recompute", "least", "segments:2"])
+@pytest.mark.parametrize("fault", ["other bits", "an error"])
+def test_what_cannot_be_replayed_is_kept_and_reported(
+    llama: TinyModel, monkeypatch: pytest.MonkeyPatch, mode: str, fault: str
+) -> None:
+    """A kernel that gives other bits the second time, or fails, stands for all that a tape cannot know."""
     expected = llama.step()
-    plan = tapeline.plan(llama.model, llama.batch, mode="recompute")
+    plan = tapeline.plan(llama.model, llama.batch, mode=mode)
     original = program.callable_of
 
-    def wrong(op: Any) -> Any:
+    def faulty(op: Any) -> Any:
         func = original(op)
-        return (lambda *args: func(*args) * 1.5) if op.name.startswith("silu") else func
 
-    monkeypatch.setattr(program, "callable_of", wrong)
+        def call(*args: Any) -> Any:
+            if fault == "an error":
+                raise RuntimeError("no such kernel")
+            return func(*args) * 1.5
+
+        return call if op.name.startswith("silu") else func
+
+    monkeypatch.setattr(program, "callable_of", faulty)
     with tapeline.apply(llama.model, plan, measure=False) as session:
+        for step in range(4):
+            assert_equal(llama.step(), expected)
+            if step == 1:
+                num_recorded = session.report().recorded_calls
+        report = session.report()
+        assert report.recorded_calls == num_recorded
+        assert report.recomputed_calls
+        assert "silu" in report.kept_instead[0]
+        recipes = session._library._recipes.values()
+        assert all(recipe.programs for recipe in recipes)
+        replayed = {recipe.tape.ops[step].name for recipe in recipes for p in recipe.programs for step in p.steps}
+        assert replayed
+        assert not any(name.startswith("silu") for name in replayed)
+
+
+def test_a_recipe_that_fails_in_an_audit_is_replaced_in_every_block(
+    llama: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = llama.step()
+    plan = tapeline.plan(llama.model, llama.batch, mode="recompute")
+    with tapeline.apply(llama.model, plan, measure=False, audit_every=2) as session:
+        assert_equal(llama.step(), expected)
+        same = verifier.same_bits
+        monkeypatch.setattr(verifier, "same_bits", lambda one, other: one.shape[-1] != 176 and same(one, other))
+        assert_equal(llama.step(), expected)
+        monkeypatch.setattr(verifier, "same_bits", same)
         for _ in range(2):
             assert_equal(llama.step(), expected)
-        assert "silu" in session.report().kept_instead[0]
+        report = session.report()
+        assert report.audited_calls == 2
+        assert report.kept_instead
+        recipes = {id(p.recipe) for seam in session._seams.values() for p in seam._prepared.values()}
+        assert recipes <= {id(recipe) for recipe in session._library._recipes.values()}
 
 
 @pytest.mark.parametrize("mode", ["cheap", "recompute", "least"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,35 +50,61 @@ def settle(
     phases = list(frame.phases)
     frame.complete()
     is_known = not is_audit and library.is_verified(tape, seam.policy)
-    waiting = {index for index, action in enumerate(recipe.packs) if action.phase != KEEP and not is_known}
-    for index in set(range(len(packed))) - waiting:
-        places[index].settle(packed[index])
-    wrong: list[int] = []
-    for number, phase in enumerate(phases if waiting else ()):
-        slots = {recipe.packs[index].slot: index for index in waiting if recipe.packs[index].phase == number}
-
-        def check(slot: int, tensor: torch.Tensor, slots: dict[int, int] = slots) -> None:
-            index = slots[slot]
-            if same_bits(tensor, places[index].packed[0]):
-                places[index].settle(packed[index])
-                waiting.discard(index)
-            else:
-                wrong.append(tape.packs[index].value)
-
+    checks = [_Check() for _ in phases]
+    for index, action in enumerate(recipe.packs):
+        if action.phase == KEEP or is_known:
+            places[index].settle(packed[index])
+        else:
+            checks[action.phase].add(action.slot, index, places[index], packed[index])
+    has_failed = False
+    for check, phase in zip(checks, phases if not is_known else (), strict=False):
         try:
-            phase.replay(check)
+            phase.replay(check.compare)
         except ReplayFailedError as error:
+            has_failed = True
             library.never_replay(tape, error.op, f"block {seam.name!r}: {error} ({error.__cause__})")
-    for index in waiting:
-        places[index].settle(keep(places[index].packed[0]))
-    if len(library.failures.get(tape.digest, ())) >= _MAX_ROUNDS:
+            with suppress(ReplayFailedError):  # up to the same op, for what has been let go already
+                phase.replay(check.restore)
+    wrong = {tape.packs[index].value for check in checks for index in check.keep_the_rest()}
+    if not (wrong or has_failed):
+        library.verified.add((tape.digest, seam.policy))
+        return True
+    if wrong and not has_failed:
+        library.keep_instead(tape, wrong, _message(seam.name, tape, wrong))
+    if len(library.failures[tape.digest]) >= _MAX_ROUNDS:
         everything = {pack.value for pack in tape.packs}
         library.keep_instead(tape, everything, f"block {seam.name!r}: replays kept differing")
-    elif wrong:
-        library.keep_instead(tape, set(wrong), _message(seam.name, tape, wrong))
-    elif not waiting:
-        library.verified.add((tape.digest, seam.policy))
-    return not waiting
+    return False
+
+
+class _Check:
+    """Compares what one phase makes with what autograd saved, and lets go of what is the same."""
+
+    def __init__(self) -> None:
+        self._slots: dict[int, tuple[int, Late, Any]] = {}
+        self._same: set[int] = set()
+
+    def add(self, slot: int, number: int, place: Late, packed: Any) -> None:
+        """Expect in `slot` what was saved as `number`, and put `packed` in its place once it is the same."""
+        self._slots[slot] = number, place, packed
+
+    def compare(self, slot: int, tensor: torch.Tensor) -> None:
+        _, place, packed = self._slots[slot]
+        if same_bits(tensor, place.packed[0]):
+            place.settle(packed)
+            self._same.add(slot)
+
+    def restore(self, slot: int, tensor: torch.Tensor) -> None:
+        """Keep what was let go: the phase cannot be replayed to its end."""
+        if slot in self._same:
+            self._slots[slot][1].packed = keep(tensor)
+
+    def keep_the_rest(self) -> Iterator[int]:
+        """Keep what was not the same; returns the numbers."""
+        for slot, (number, place, _) in self._slots.items():
+            if slot not in self._same:
+                place.settle(keep(place.packed[0]))
+                yield number
 
 
 def verify_outputs(seam: BlockSeam, recipe: Recipe, out: Any, tensors: list[torch.Tensor], ambient: Ambient) -> None:
@@ -98,8 +126,8 @@ def verify_outputs(seam: BlockSeam, recipe: Recipe, out: Any, tensors: list[torc
         library.drop_output_program(recipe.tape, f"block {seam.name!r}: replaying its outputs gave something else")
 
 
-def _message(name: str, tape: Tape, wrong: list[int]) -> str:
+def _message(name: str, tape: Tape, wrong: set[int]) -> str:
     value = tape.values[min(wrong)]
     op = tape.ops[value.producer] if value.producer is not None else None
     what = f"{op.name} in {op.module!r}" if op is not None else ARGUMENT
-    return f"block {name!r}: replaying what {what} makes ({value.base}) gave something else; {len(set(wrong))} kept instead"
+    return f"block {name!r}: replaying what {what} makes ({value.base}) gave something else; {len(wrong)} kept instead"
