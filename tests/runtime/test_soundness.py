@@ -1446,7 +1446,7 @@ def test_blocks_of_all_sorts(mode: str, name: str) -> None:
             pair.check(seed=seed)
         pair.batch = (torch.randn(4, 6, WIDTH).transpose(0, 1).contiguous().transpose(0, 1),)
         pair.check()
-        assert name == "complex_numbers" or pair.num_replayed_ops
+        assert pair.num_replayed_ops or (name, mode) == ("complex_numbers", "cheap")
         assert not pair.num_drifts
         assert not pair.session._library.failures
 

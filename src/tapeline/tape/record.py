@@ -133,8 +133,8 @@ class Recorder(TorchDispatchMode):
         elif value is None:
             value = self._value(tensor)
         self._must_be_seen(value)
-        if value.base.dtype != tensor.dtype:
-            self.refuse(f"autograd saves a view of it in another dtype ({tensor.dtype})")
+        if value.base.dtype != tensor.dtype:  # the real view of a complex tensor: it stays as it is
+            value = self.tape.values[self.table.use(tensor, value).value]
         nodes = _count_nodes() - self._first_node
         self.tape.packs.append(Pack(value.index, Geometry.of(tensor), position, nodes, self.tape.cached_casts))
         return len(self.tape.packs) - 1
