@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -1561,6 +1562,26 @@ def test_a_generator_of_its_own(mode: str) -> None:
 
     with compared(body, mode) as pair:
         hidden.clear()
+        for seed in range(3):
+            pair.check(seed=seed)
+
+
+class Halved(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * 0.5
+
+
+@pytest.mark.parametrize("mode", ALL_MODES)
+def test_a_weight_that_is_parametrised_for_the_time_of_a_forward(mode: str) -> None:
+    """As PEFT does for the experts of a mixture: it writes its own parameter, and is no less exact for that."""
+
+    def body(b: Block, x: torch.Tensor) -> torch.Tensor:
+        parametrize.register_parametrization(b.up, "weight", Halved())
+        h = b.up(x)
+        parametrize.remove_parametrizations(b.up, "weight", leave_parametrized=False)
+        return b.down(h.sin())
+
+    with compared(body, mode) as pair:
         for seed in range(3):
             pair.check(seed=seed)
 

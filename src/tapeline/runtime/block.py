@@ -162,7 +162,7 @@ class BlockSeam:
     ) -> Any:
         """Record the call while it runs; then treat it as any later one. An audit compares with what was known."""
         self.num_recorded += 1
-        ambient = Ambient(key[1], tensors)
+        ambient, before = Ambient(key[1], tensors), self._versions(invocation)
         recorder = Recorder(self.module, (invocation.args, invocation.kwargs))
         late: list[Late] = []
 
@@ -179,7 +179,7 @@ class BlockSeam:
         tape = recorder.finish(out)
         saved = [place.packed[0] for place in late]
         places, late = late, []  # autograd keeps the pack hook, and so what it refers to
-        known = self._classify(key, tape)
+        known = self._classify(key, tape, has_written=before != self._versions(invocation))
         if known.tape is None:
             self.note_reason(known.reason)
             rerun = self._rerun(known, invocation, ambient)
@@ -233,7 +233,7 @@ class BlockSeam:
         with saved_tensors_hooks(pack, unpack), recorder:
             out = invocation.run()
         tape = recorder.finish(out)
-        known = self._classify(key, tape)
+        known = self._classify(key, tape, has_written=before != self._versions(invocation))
         is_equal = known.tape is not None and known.tape.digest == recipe.tape.digest
         cast_versions = frame.parameter_versions()
         if is_equal and frame.finish() and frame.complete():
@@ -255,10 +255,10 @@ class BlockSeam:
         is_safe = key not in self._unexpected and not has_objects(key[2])
         return recipe if recipe is not None and is_safe and not recipe.tape.changes_state else None
 
-    def _classify(self, key: Any, tape: Tape) -> CallClass:
+    def _classify(self, key: Any, tape: Tape, *, has_written: bool) -> CallClass:
         """Keep what a recording has found out about a class of calls."""
         classes = self.records.classes
-        changes = tape.changes_state or self.fingerprint.token() != key[0] or has_objects(key[2])
+        changes = has_written or tape.changes_state or self.fingerprint.token() != key[0] or has_objects(key[2])
         is_odd = tape.obstacle in (DRAWS_NUMBERS, RUNS_BACKWARD)
         known = CallClass(tape)
         self.records.num_changes += self.fingerprint.token() != key[0]
