@@ -156,6 +156,25 @@ def test_optimizer_state_and_accumulation_are_counted(llama: TinyModel) -> None:
     assert accumulated.flops == 2 * plain.flops
 
 
+def test_blocks_that_differ_are_planned_under_autocast(llama: TinyModel) -> None:
+    """A block that turns out to have another tape than its like runs again in backward, and fills the cache of autocast."""
+    trained = list(llama.model.parameters())
+    for parameter in trained[len(trained) // 2 - 4 :]:  # in the middle of a block
+        parameter.requires_grad_(False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plan = plan_for(llama, mode="cheap")
+    with tapeline.apply(llama.model, plan, measure=False) as session:
+        for _ in range(3):
+            llama.model.zero_grad()
+            with session.measure():
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    loss = llama.loss_fn(llama.model, llama.batch)
+                loss.backward()
+                del loss
+        assert session.report().rerun_calls
+    assert session.last_peak_bytes == pytest.approx(plan.peak_bytes, rel=0.02)
+
+
 def test_autocast_around_the_call_is_part_of_the_step(llama: TinyModel) -> None:
     def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):

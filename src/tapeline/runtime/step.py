@@ -91,6 +91,7 @@ class StepMeter:
                     torch.clear_autocast_cache()
                 loss.backward()
                 del loss
+                torch.clear_autocast_cache()  # a block that was run again as a whole has filled it
             ledger.track((p.grad for p in self.model.parameters()), "gradients")
             with ledger.scope(OPTIMIZER):
                 if optimizer is not None:
