@@ -734,6 +734,35 @@ def test_autocast_inside_a_block(mode: str) -> None:
             pair.check(run)
 
 
+@pytest.mark.parametrize("mode", ALL_MODES)
+@pytest.mark.parametrize("has_tape", [True, False])
+def test_a_block_with_an_autocast_of_its_own_takes_the_dtype_of_the_one_around_it(mode: str, has_tape: bool) -> None:
+    """Also of one that is switched off again for the call."""
+
+    def body(block: Block, x: torch.Tensor) -> torch.Tensor:
+        if hidden.get("reads"):
+            x.detach().sum().item()
+        with torch.autocast("cpu"):
+            h = block.up(x)
+        return block.down(h.float().sin())
+
+    def under(dtype: torch.dtype) -> Callable[[nn.Module], None]:
+        def run(model: nn.Module) -> None:
+            with torch.autocast("cpu", dtype=dtype), torch.autocast("cpu", enabled=False):
+                loss = pair.loss(model)
+            loss.backward()
+
+        return run
+
+    hidden.clear()
+    with compared(body, mode) as pair:
+        hidden["reads"] = not has_tape
+        for dtype in (torch.bfloat16, torch.float16, torch.bfloat16):
+            pair.check(under(dtype))
+        assert not pair.num_drifts
+    hidden.clear()
+
+
 # -- 5. what is in force during backward ---------------------------------------------------------------------------
 
 

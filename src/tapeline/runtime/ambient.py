@@ -64,13 +64,8 @@ class Ambient:
             autocast = {"cpu": self.settings.autocast_cpu}
             if self.device_type:
                 autocast[self.device_type] = self.settings.autocast_accelerator
-            for kind, dtype in autocast.items():
+            for kind, (is_enabled, dtype) in autocast.items():
                 stack.enter_context(
-                    torch.autocast(
-                        kind,
-                        dtype=dtype or None,
-                        enabled=bool(dtype),
-                        cache_enabled=self.settings.is_cache_enabled,
-                    )
+                    torch.autocast(kind, dtype=dtype, enabled=is_enabled, cache_enabled=self.settings.is_cache_enabled)
                 )
             yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,9 +39,9 @@ def has_objects(key: tuple[Any, ...]) -> bool:
 class Surroundings(NamedTuple):
     """Settings that decide which kernels the forward calls, and how they compute."""
 
-    autocast_cpu: torch.dtype | Literal[False]
-    """The dtype of autocast on the CPU, if it is on."""
-    autocast_accelerator: torch.dtype | Literal[False]
+    autocast_cpu: tuple[bool, torch.dtype]
+    """Whether autocast is on for the CPU, and its dtype, which an autocast inside the block takes over also when it is off."""
+    autocast_accelerator: tuple[bool, torch.dtype]
     is_cache_enabled: bool
     """Whether autocast keeps its copies of parameters."""
     default_dtype: torch.dtype
@@ -55,8 +55,8 @@ def surroundings() -> Surroundings:
     """The settings now."""
     accelerator = accelerator_type()
     return Surroundings(
-        torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
-        torch.is_autocast_enabled(accelerator) and torch.get_autocast_dtype(accelerator),
+        (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
+        (torch.is_autocast_enabled(accelerator), torch.get_autocast_dtype(accelerator)),
         torch.is_autocast_cache_enabled(),
         torch.get_default_dtype(),
         (
