@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,13 @@ _NOMINAL = {
     "cpu": Rates(matmul_flops=1e11, attention_flops=5e10, memory_bytes=1e10, op_seconds=5e-6),
     "cuda": Rates(matmul_flops=4e14, attention_flops=3e14, memory_bytes=2e12, op_seconds=5e-6),
 }
+
+
+@functools.cache
+def accelerator_type() -> str:
+    """The kind of accelerator that this machine has; ``"cuda"`` if it has none."""
+    found = torch.accelerator.current_accelerator()
+    return "cuda" if found is None else found.type
 
 
 def nominal_rates(device: torch.device) -> Rates:

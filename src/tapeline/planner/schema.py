@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -178,14 +179,15 @@ _POLICY = ("price", "is_cheap", "rerun")
 
 def _block(data: dict[str, Any]) -> BlockPlan:
     known = _known(BlockPlan, data)
-    policy = asdict(KEEP) | _known(Policy, known["policy"])
-    numbers = {name: math.inf if policy[name] == "inf" else float(policy[name]) for name in ("price", "rerun")}
-    known["policy"] = Policy(price=numbers["price"], is_cheap=bool(policy["is_cheap"]), rerun=numbers["rerun"])
+    policy = asdict(KEEP) | _known(Policy, known["policy"], _POLICY)
+    price, rerun = (math.inf if policy[name] == "inf" else float(policy[name]) for name in ("price", "rerun"))
+    known["policy"] = Policy(price=price, is_cheap=bool(policy["is_cheap"]), rerun=rerun)
     return BlockPlan(**known)
 
 
-def _known(cls: type, data: dict[str, Any]) -> dict[str, Any]:
-    names = {field.name for field in fields(cls)}
+def _known(cls: type, data: dict[str, Any], names: Collection[str] = ()) -> dict[str, Any]:
+    """Check the names in `data` against those of `cls`, or those of them that a plan has."""
+    names = names or {field.name for field in fields(cls)}
     for name in data:
         if name not in names:
             raise UsageError(f"Not a plan: unknown field {name!r}{did_you_mean(name, names)}.")

@@ -21,7 +21,7 @@ from tapeline.runtime.library import CallClass, Library
 from tapeline.runtime.rerun import Rerun
 from tapeline.runtime.signature import arguments_key, has_objects, surroundings
 from tapeline.runtime.strict import run_strictly
-from tapeline.runtime.verifier import settle, verify_outputs
+from tapeline.runtime.verifier import output_program, settle
 from tapeline.tape.graph import ARGUMENT, Source, Tape, first_difference
 from tapeline.tape.program import Recipe
 from tapeline.tape.record import DRAWS_NUMBERS, Recorder
@@ -108,7 +108,7 @@ class BlockSeam:
 
     def _dispatch(self, key: Any, invocation: Invocation, tensors: list[torch.Tensor], foreign: Hooks | None) -> Any:
         """Run a call in the way that fits its class."""
-        source = self._rebuilt(tensors)
+        rebuilt = self._rebuilt(tensors)
         if self._generation != self.library.generation:
             self._generation = self.library.generation
             self._prepared.clear()
@@ -117,11 +117,11 @@ class BlockSeam:
             self.is_due_for_audit = False
             expected = self._expected(key) if prepared is None else None
             if expected is not None:
-                return self._record_as_expected(key, invocation, tensors, foreign, source, expected)
+                return self._record_as_expected(key, invocation, tensors, foreign, rebuilt, expected)
             return self._record(key, invocation, tensors, foreign, prepared)
         if prepared.recipe is None:
             return self._fall_back(key, prepared.known, invocation, tensors, foreign)
-        return self._run(key, prepared, invocation, tensors, foreign, source)
+        return self._run(key, prepared, invocation, tensors, foreign, rebuilt)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"name": self.name, "module": self.module, "is_in_force": False}
@@ -145,9 +145,8 @@ class BlockSeam:
         before = self._versions(invocation)
         with saved_tensors_hooks(frame.pack, unpack):
             out = invocation.run()
-        recipe = frame.recipe
         if frame.finish() and self._casts_are_current(key, frame) and frame.complete():
-            self._note_output(out, recipe, ambient, tensors, rebuilt)
+            self._note_output(out, prepared, ambient, tensors, rebuilt)
         else:
             self._drifted(key, frame, invocation, ambient, before)
         return out
@@ -177,28 +176,28 @@ class BlockSeam:
         if any(place.is_unpacked for place in late):
             recorder.refuse(RUNS_BACKWARD)
         tape = recorder.finish(out)
-        saved = [place.packed[0] for place in late]
         places, late = late, []  # autograd keeps the pack hook, and so what it refers to
         known = self._classify(key, tape, has_written=before != self._versions(invocation))
         if known.tape is None:
             self.note_reason(known.reason)
             rerun = self._rerun(known, invocation, ambient)
-            for number, (place, tensor) in enumerate(zip(places, saved, strict=True)):
+            for number, place in enumerate(places):
+                tensor = place.packed[0]
                 place.settle((rerun and rerun.drop(number, tensor)) or keep(tensor))
             self.chain.note(None, None)
             return out
         if audited is not None and audited.known.tape is not None and audited.known.tape.digest != tape.digest:
             self.note_reason(f"an audit found another tape: {first_difference(audited.known.tape, tape)}")
         recipe = self.library.recipe(tape, self.policy)
-        prepared = Prepared(known, recipe, self.getters(recipe.sources))
+        prepared = self._with_getters(known, recipe)
         frame = Frame(self.name, recipe, find_sources(prepared.getters, tensors), ambient)
         self._cast_versions[key] = frame.parameter_versions()
-        if settle(self, frame, places, saved, is_audit=audited is not None):
+        if settle(self, frame, places, is_audit=audited is not None):
             self._prepared[key] = prepared
             self.library.expected[self._kind(), key[1:], self.policy] = recipe
         else:
             self._prepared.pop(key, None)
-        self._note_output(out, recipe, ambient, tensors, None)
+        self._note_output(out, prepared, ambient, tensors, None)
         return out
 
     def _record_as_expected(
@@ -218,8 +217,8 @@ class BlockSeam:
         self.num_recorded += 1
         ambient = Ambient(key[1], tensors)
         recorder = Recorder(self.module, (invocation.args, invocation.kwargs))
-        getters = self.getters(recipe.sources)
-        frame = Frame(self.name, recipe, find_sources(getters, tensors, rebuilt), ambient, foreign, rebuilt)
+        prepared = self._with_getters(CallClass(recipe.tape), recipe)
+        frame = Frame(self.name, recipe, find_sources(prepared.getters, tensors, rebuilt), ambient, foreign, rebuilt)
         before = self._versions(invocation)
 
         def pack(tensor: torch.Tensor) -> Any:
@@ -237,9 +236,9 @@ class BlockSeam:
         is_equal = known.tape is not None and known.tape.digest == recipe.tape.digest
         cast_versions = frame.parameter_versions()
         if is_equal and frame.finish() and frame.complete():
-            self._prepared[key] = Prepared(known, recipe, getters)
+            self._prepared[key] = prepared
             self._cast_versions[key] = cast_versions
-            self._note_output(out, recipe, ambient, tensors, rebuilt)
+            self._note_output(out, prepared, ambient, tensors, rebuilt)
             return out
         frame.drift = frame.drift or "it has another tape than a block built alike"
         self._recover(frame, key, invocation, ambient, before, tape)
@@ -270,7 +269,7 @@ class BlockSeam:
             reason = tape.obstacle or f"it was called in {_MAX_CLASSES} different ways"
             known = CallClass(None, reason, can_rerun=not (changes or is_odd))
             self.library.obstacles[self._kind(), key[1:]] = known
-            self._prepared[key] = Prepared(known, None, [])
+            self._prepared[key] = self._with_getters(known, None)
         classes[key] = known
         return known
 
@@ -282,8 +281,7 @@ class BlockSeam:
         if known is None or (known.tape is not None and not self.library.is_verified(known.tape, self.policy)):
             return None
         recipe = self.library.recipe(known.tape, self.policy) if known.tape is not None else None
-        getters = self.getters(recipe.sources) if recipe is not None else []
-        prepared = self._prepared[key] = Prepared(known, recipe, getters)
+        prepared = self._prepared[key] = self._with_getters(known, recipe)
         return prepared
 
     def _fall_back(
@@ -317,7 +315,7 @@ class BlockSeam:
     ) -> None:
         """Bring back what a call has dropped that was not as recorded, or make asking for it an error."""
         has_changed = before != self._versions(invocation)
-        if has_changed or tape.changes_state or has_objects(key[2]) or "generators" in tape.obstacle:
+        if has_changed or tape.changes_state or has_objects(key[2]) or tape.obstacle == DRAWS_NUMBERS:
             frame.lose(
                 f"Block {self.name!r} differed from its tape ({frame.drift}) and cannot be run again: it changes state."
             )
@@ -340,13 +338,19 @@ class BlockSeam:
         self.records.classes.pop(key, None)
         if self.num_drifts >= _MAX_DRIFTS:
             known = self.records.classes[key] = CallClass(None, "its calls differ though nothing it is given does")
-            self._prepared[key] = Prepared(known, None, [])
+            self._prepared[key] = self._with_getters(known, None)
 
     # -- what a call is given --------------------------------------------------------------------------------------
 
     def getters(self, sources: tuple[Source, ...] | list[Source]) -> list[Getter | int]:
         """How to find each source in a call of this block."""
         return [source.place if source.kind == ARGUMENT else getter(self.module, source) for source in sources]
+
+    def _with_getters(self, known: CallClass, recipe: Recipe | None) -> Prepared:
+        if recipe is None:
+            return Prepared(known, None, [], [])
+        sources = self.library.all_sources(recipe.tape) if self.feeds_next else []
+        return Prepared(known, recipe, self.getters(recipe.sources), self.getters(sources))
 
     def _rebuilt(self, tensors: list[torch.Tensor]) -> RebuiltInput | None:
         match = self.chain.match(tensors[0] if tensors else None)
@@ -356,20 +360,13 @@ class BlockSeam:
         return None
 
     def _note_output(
-        self,
-        out: Any,
-        recipe: Recipe,
-        ambient: Ambient,
-        tensors: list[torch.Tensor],
-        rebuilt: RebuiltInput | None,
+        self, out: Any, prepared: Prepared, ambient: Ambient, tensors: list[torch.Tensor], rebuilt: RebuiltInput | None
     ) -> None:
         output = None
-        if self.feeds_next:
-            verify_outputs(self, recipe, out, tensors, ambient)
-        program = self.library.output_program(recipe) if self.feeds_next else None
+        program = output_program(self, prepared, out, tensors, ambient) if self.feeds_next else None
         if program is not None:
-            found = self.getters(self.library.all_sources(recipe.tape))
-            output = OutputRecipe(self.name, program, find_sources(found, tensors, rebuilt), ambient)
+            sources = find_sources(prepared.output_getters, tensors, rebuilt)
+            output = OutputRecipe(self.name, program, sources, ambient)
         self.chain.note(out, output)
 
     def _casts_are_current(self, key: Any, frame: Frame) -> bool:

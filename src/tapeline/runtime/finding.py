@@ -21,6 +21,8 @@ class Prepared:
     recipe: Recipe | None
     getters: list[Getter | int]
     """How to find each source: a function, or the place among the tensors of the arguments."""
+    output_getters: list[Getter | int]
+    """The same for what the outputs are made of, if the next block drops its input."""
 
 
 def find_sources(

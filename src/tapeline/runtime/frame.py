@@ -46,11 +46,7 @@ class Phase:
         self.lost = ""
         self.stream: Any = None
 
-    def complete(
-        self,
-        sources: Sequence[torch.Tensor | RebuiltInput],
-        roots: Sequence[torch.Tensor],
-    ) -> None:
+    def complete(self, sources: Sequence[torch.Tensor | RebuiltInput], roots: Sequence[torch.Tensor]) -> None:
         """The call has ended: from now on this phase can be replayed."""
         self.sources, self.roots = sources, roots
         self.versions = [tensor._version for tensor in self._origins()]

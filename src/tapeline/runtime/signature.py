@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
 
+from tapeline.cost.device import accelerator_type
 from tapeline.runtime.fingerprint import slot_names
 from tapeline.tape.nested import FUNCTIONS, PLAIN
 
@@ -79,13 +79,6 @@ def numerics() -> tuple[Any, ...]:
         torch._C._get_cublas_allow_bf16_reduced_precision_reduction(),
         torch._C._get_cublas_allow_fp16_reduced_precision_reduction(),
     )
-
-
-@functools.cache
-def accelerator_type() -> str:
-    """The kind of accelerator that this machine has; ``"cuda"`` if it has none."""
-    found = torch.accelerator.current_accelerator()
-    return "cuda" if found is None else found.type
 
 
 def _describe(value: Any, key: list[Any], tensors: list[torch.Tensor]) -> None:

@@ -15,6 +15,7 @@ from tapeline.errors import UsageError
 from tapeline.ledger import BACKWARD, FORWARD, OPTIMIZER, RECOMPUTE, Ledger, Span
 from tapeline.planner.profile import BlockFacts, Point, StepProfile
 from tapeline.runtime.block import BlockSeam
+from tapeline.tape.sources import attached
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
 
@@ -124,19 +125,10 @@ class StepMeter:
 def track_training_state(ledger: Ledger, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
     """Count what exists before a step: weights, gradients, optimizer state."""
     for parameter in model.parameters():
-        ledger.track([parameter, *_attached(parameter)], "weights")
+        ledger.track([parameter, *(tensor for _, tensor in attached(parameter))], "weights")
     ledger.track(model.buffers(), "weights")
     ledger.track((p.grad for p in model.parameters()), "gradients")
     _track_state(ledger, optimizer)
-
-
-def _attached(thing: Any, depth: int = 2) -> Iterable[torch.Tensor]:
-    """Tensors that hang on a parameter as attributes, such as the scales of a quantised weight."""
-    for value in getattr(thing, "__dict__", {}).values():
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif depth and not isinstance(value, nn.Module | type):
-            yield from _attached(value, depth - 1)
 
 
 def _track_state(ledger: Ledger, optimizer: torch.optim.Optimizer | None) -> None:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tapeline.runtime.ambient import Ambient
-from tapeline.runtime.finding import find_sources
+from tapeline.runtime.finding import Prepared, find_sources
 from tapeline.runtime.frame import Frame, Late, keep
 from tapeline.runtime.replaying import replay
 from tapeline.tape.graph import ARGUMENT, Tape
 from tapeline.tape.nested import tensor_leaves
-from tapeline.tape.program import KEEP, Recipe
+from tapeline.tape.program import KEEP, Program
 from tapeline.tape.replay import ReplayFailedError
 from tapeline.tape.sources import has_storage
 from tapeline.tape.verify import same_bits
@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 _MAX_ROUNDS = 8
 
 
-def settle(
-    seam: BlockSeam, frame: Frame, places: list[Late], saved: list[torch.Tensor], *, is_audit: bool = False
-) -> bool:
+def settle(seam: BlockSeam, frame: Frame, places: list[Late], *, is_audit: bool = False) -> bool:
     """Do with every saved tensor of a recorded call what the recipe says; drop it only once its replay gave the same bits.
 
     One phase runs at a time. Each tensor is let go as soon as it has been compared, so that checking a recipe needs little
@@ -37,7 +35,6 @@ def settle(
         seam: the block.
         frame: the call, nothing of it placed yet.
         places: what autograd holds, in the order of saving.
-        saved: the tensors in these places; emptied.
         is_audit: check a recipe that was checked before.
 
     Returns:
@@ -45,8 +42,7 @@ def settle(
     """
     library, recipe = seam.library, frame.recipe
     tape = recipe.tape
-    packed = [frame.place(tensor) for tensor in saved]
-    saved.clear()
+    packed = [frame.place(place.packed[0]) for place in places]
     phases = list(frame.phases)
     frame.complete()
     is_known = not is_audit and library.is_verified(tape, seam.policy)
@@ -107,23 +103,30 @@ class _Check:
                 yield number
 
 
-def verify_outputs(seam: BlockSeam, recipe: Recipe, out: Any, tensors: list[torch.Tensor], ambient: Ambient) -> None:
-    """Check that the outputs of a call can be made again from its sources; where not, the next block keeps its input."""
-    library = seam.library
+def output_program(
+    seam: BlockSeam, prepared: Prepared, out: Any, tensors: list[torch.Tensor], ambient: Ambient
+) -> Program | None:
+    """What makes the outputs of a call again from its sources, checked in the first call that has the tape.
+
+    ``None`` if nothing does: then the next block keeps its input.
+    """
+    library, recipe = seam.library, prepared.recipe
+    assert recipe is not None, "asked for calls that have a tape"
     program = library.output_program(recipe)
     if program is None or recipe.tape.digest in library.verified_outputs:
-        return
-    sources = find_sources(seam.getters(library.all_sources(recipe.tape)), tensors)
+        return program
+    sources = find_sources(prepared.output_getters, tensors)
     try:
         results = replay(seam.name, program, [s for s in sources if isinstance(s, torch.Tensor)], (), ambient)
     except ReplayFailedError as error:
         library.drop_output_program(recipe.tape, f"block {seam.name!r}: {error} ({error.__cause__})")
-        return
+        return None
     leaves = [tensor.detach() for tensor in tensor_leaves(out) if has_storage(tensor)]
-    if all(same_bits(one, other) for one, other in zip(results, leaves, strict=True)):
-        library.verified_outputs.add(recipe.tape.digest)
-    else:
+    if not all(same_bits(one, other) for one, other in zip(results, leaves, strict=True)):
         library.drop_output_program(recipe.tape, f"block {seam.name!r}: replaying its outputs gave something else")
+        return None
+    library.verified_outputs.add(recipe.tape.digest)
+    return program
 
 
 def _message(name: str, tape: Tape, wrong: set[int]) -> str:

@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from tapeline.cost.device import accelerator_type
 from tapeline.errors import UnsupportedModelError, UsageError
 from tapeline.ledger import DEVICE_OF
 from tapeline.tape.shape_cache import ShapeCache
@@ -181,7 +182,7 @@ def preserved_random_state() -> Iterator[None]:
     python_state = random.getstate()
     numpy_state = np.random.get_state()  # noqa: NPY002 - the global state is the one models draw from
     try:
-        with torch.random.fork_rng(devices=_initialized_devices(), device_type=_accelerator_type()):
+        with torch.random.fork_rng(devices=_initialized_devices(), device_type=accelerator_type()):
             yield
     finally:
         random.setstate(python_state)
@@ -280,13 +281,8 @@ def _is_scalar(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() == 0
 
 
-def _accelerator_type() -> str:
-    accelerator = torch.accelerator.current_accelerator()
-    return accelerator.type if accelerator is not None else "cuda"
-
-
 def _initialized_devices() -> list[int]:
-    module = torch.get_device_module(_accelerator_type())
+    module = torch.get_device_module(accelerator_type())
     is_initialized = getattr(module, "is_initialized", None)
     if is_initialized is None or not is_initialized():
         return []

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tapeline.cost.device import accelerator_type
 from tapeline.tape.graph import Op
 from tapeline.tape.nested import tensor_leaves
 
@@ -49,8 +50,7 @@ def cached_dtypes() -> set[torch.dtype]:
     """The dtypes in which autocast keeps copies of parameters now."""
     if not torch.is_autocast_cache_enabled():
         return set()
-    accelerator = torch.accelerator.current_accelerator()
-    kinds = ["cpu", accelerator.type] if accelerator is not None else ["cpu"]
+    kinds = ("cpu", accelerator_type())
     return {torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
 
 

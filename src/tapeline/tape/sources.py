@@ -50,8 +50,8 @@ def module_sources(module: nn.Module) -> Iterator[tuple[Source, torch.Tensor]]:
                     yield Source(kind, module=prefix, name=name), value
                 elif not _is_looked_into(value):
                     continue
-                for path, attached in _attached(value, name, _DEPTH):
-                    yield Source(kind, module=prefix, name=path), attached
+                for path, tensor in attached(value, name):
+                    yield Source(kind, module=prefix, name=path), tensor
 
 
 def getter(module: nn.Module, source: Source) -> Getter:
@@ -71,14 +71,14 @@ def getter(module: nn.Module, source: Source) -> Getter:
     return find
 
 
-def _attached(owner: Any, prefix: str, depth: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors in the attributes of an object, such as the quantisation state of a 4-bit parameter."""
+def attached(owner: Any, prefix: str = "", depth: int = _DEPTH) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors in the attributes of an object, such as the quantisation state of a 4-bit parameter, and their paths."""
     for name, value in list(getattr(owner, "__dict__", {}).items()):
         path = f"{prefix}.{name}"
         if isinstance(value, torch.Tensor):
             yield path, value
         elif depth > 1 and _is_looked_into(value):
-            yield from _attached(value, path, depth - 1)
+            yield from attached(value, path, depth - 1)
 
 
 def _is_looked_into(value: Any) -> bool:
