@@ -157,10 +157,8 @@ def test_optimizer_state_and_accumulation_are_counted(llama: TinyModel) -> None:
 
 
 def test_blocks_that_differ_are_planned_under_autocast(llama: TinyModel) -> None:
-    """A block that turns out to have another tape than its like runs again in backward, and fills the cache of autocast."""
-    trained = list(llama.model.parameters())
-    for parameter in trained[len(trained) // 2 - 4 :]:  # in the middle of a block
-        parameter.requires_grad_(False)
+    """A block that turns out to have another tape than its like runs again in backward, which runs outside autocast."""
+    llama.model.get_submodule("model.layers.3.self_attn").attention_dropout = 0.0
     with torch.autocast("cpu", dtype=torch.bfloat16):
         plan = plan_for(llama, mode="cheap")
     with tapeline.apply(llama.model, plan, measure=False) as session:
@@ -172,6 +170,17 @@ def test_blocks_that_differ_are_planned_under_autocast(llama: TinyModel) -> None
                 loss.backward()
                 del loss
         assert session.report().rerun_calls
+    assert session.last_peak_bytes == pytest.approx(plan.peak_bytes, rel=0.02)
+
+
+def test_blocks_with_other_trainable_parts_are_not_taken_for_alike(llama: TinyModel) -> None:
+    trained = list(llama.model.parameters())
+    for parameter in trained[len(trained) // 2 - 4 :]:  # in the middle of a block
+        parameter.requires_grad_(False)
+    plan = plan_for(llama, mode="cheap")
+    with tapeline.apply(llama.model, plan, measure=False) as session:
+        llama.step(session.measure())
+        assert session.report().rerun_calls == 0
     assert session.last_peak_bytes == pytest.approx(plan.peak_bytes, rel=0.02)
 
 

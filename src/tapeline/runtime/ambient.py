@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from tapeline.cost.device import accelerator_type
 from tapeline.runtime.signature import Surroundings
 
 _LOCK = threading.RLock()
@@ -69,3 +70,22 @@ class Ambient:
                     torch.autocast(kind, dtype=dtype, enabled=is_enabled, cache_enabled=self.settings.is_cache_enabled)
                 )
             yield
+
+
+@contextmanager
+def outside_autocast() -> Iterator[None]:
+    """Leave every autocast context for a while, as a training loop does before it runs backward."""
+    kinds = [kind for kind in ("cpu", accelerator_type()) if torch.is_autocast_enabled(kind)]
+    torch.autocast_increment_nesting()
+    depth = torch.autocast_decrement_nesting()
+    try:
+        for kind in kinds:
+            torch.set_autocast_enabled(kind, False)
+        for _ in range(depth):
+            torch.autocast_decrement_nesting()
+        yield
+    finally:
+        for _ in range(depth):
+            torch.autocast_increment_nesting()
+        for kind in kinds:
+            torch.set_autocast_enabled(kind, True)

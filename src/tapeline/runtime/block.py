@@ -389,7 +389,7 @@ class BlockSeam:
 
     def _kind(self) -> Any:
         """What blocks that are built alike have in common."""
-        return tuple((type(part), part.training) for part in self.module.modules())
+        return tuple((type(part), part.training) for part in self.module.modules()), self.fingerprint.layouts()
 
     def note_reason(self, reason: str) -> None:
         if reason:

@@ -63,6 +63,11 @@ class Fingerprint:
             pass
         return self._reread()
 
+    def layouts(self) -> tuple[Any, ...]:
+        """How each parameter and buffer lies in memory, and whether it requires grad."""
+        tensors = (table[name] for table, name in self._tensors)
+        return tuple((_layout(tensor), tensor is not None and tensor.requires_grad) for tensor in tensors)
+
     def versions(self) -> list[int]:
         """How often each parameter and buffer has been written."""
         return [table[name]._version for table, name in self._versioned]

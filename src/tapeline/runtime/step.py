@@ -14,6 +14,7 @@ from tapeline.cost.price import count_flops
 from tapeline.errors import UsageError
 from tapeline.ledger import BACKWARD, FORWARD, OPTIMIZER, RECOMPUTE, Ledger, Span
 from tapeline.planner.profile import BlockFacts, Point, StepProfile
+from tapeline.runtime.ambient import outside_autocast
 from tapeline.runtime.block import BlockSeam
 from tapeline.tape.sources import attached
 
@@ -90,9 +91,9 @@ class StepMeter:
                         loss = loss / len(micro_batches)
                     # as at the end of the autocast context that a training loop has around its forward
                     torch.clear_autocast_cache()
-                loss.backward()
+                with outside_autocast():
+                    loss.backward()
                 del loss
-                torch.clear_autocast_cache()  # a block that was run again as a whole has filled it
             ledger.track((p.grad for p in self.model.parameters()), "gradients")
             with ledger.scope(OPTIMIZER):
                 if optimizer is not None:
