@@ -98,7 +98,7 @@ def install_blocks(
     ]
     if not managed:
         return {}
-    library.cache_switch = CacheSwitch(patches, model)
+    library.cache_switch = CacheSwitch(patches, model, [block.name for block in blocks])
     chain = Chain()
     seams = {}
     for block in managed:
@@ -139,12 +139,18 @@ def switch_off_checkpointing(patches: Patches, model: nn.Module) -> list[nn.Modu
 
 
 class CacheSwitch:
-    """Passes ``use_cache=False`` to every part that would make a cache by its configuration; the configuration stays."""
+    """Passes ``use_cache=False`` to every part that would make a cache by its configuration; the configuration stays.
 
-    def __init__(self, patches: Patches, model: nn.Module) -> None:
+    Parts inside a block get what the block is given; a hook on them would be part of what its tape takes for granted.
+    """
+
+    def __init__(self, patches: Patches, model: nn.Module, blocks: Sequence[str]) -> None:
         self.was_on = False
         """Whether any part would have made one."""
-        for module in model.modules():
+        inside = tuple(f"{name}." for name in blocks)
+        for name, module in model.named_modules():
+            if name.startswith(inside):
+                continue
             if hasattr(module, "config") and "use_cache" in inspect.signature(type(module).forward).parameters:
                 patches.hook(module, self)
 

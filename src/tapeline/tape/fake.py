@@ -55,7 +55,8 @@ class ShapeMode(TorchDispatchMode):
     """Runs ops on fake tensors, and ops on small integer tensors for real.
 
     Unlike a plain `FakeTensorMode`, a factory or an op without a fake argument gives a real tensor if that is a
-    small integer one or a scalar, so that ``mask.all()`` has an answer.
+    small integer one or a scalar, so that ``mask.all()`` has an answer. The indices of the largest activations, which
+    route tokens to experts, are taken to be spread evenly.
     """
 
     def __init__(self) -> None:
@@ -135,10 +136,21 @@ class ShapeMode(TorchDispatchMode):
         if func is aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
             return _empty_grouped_product(*args, **kwargs)
         out = self._fake(func, args, kwargs)
+        if func is aten.topk.default and _is_small_integer(out[1]):
+            dim = args[2] if len(args) > 2 else kwargs.get("dim", -1)
+            return out[0], self._spread(out[1], args[0].shape[dim], dim)
         fill = _FILLS.get(func._overloadpacket)
         if fill is not None and _is_small_integer(out):  # a mask of ones in the shape of an activation
             return torch.full(out.shape, fill(args), dtype=out.dtype, device=out.device)
         return out
+
+    def _spread(self, indices: torch.Tensor, size: int, dim: int) -> torch.Tensor:
+        """Indices that come up equally often, those of one token all different."""
+        moved = indices.movedim(dim, -1).shape
+        made = torch.arange(indices.numel(), device=indices.device).remainder_(size).view(moved).movedim(-1, dim)
+        made = made.contiguous()
+        self._own_storage(made)
+        return made
 
     def _fake(self, func: Any, args: Any, kwargs: Any, may_depend_on_data: bool = False) -> Any:
         known = self._cache.key(func, args, kwargs)
