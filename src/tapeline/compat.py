@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import ExitStack
 from typing import Any
 
 import torch.utils.checkpoint
@@ -33,3 +34,43 @@ def foreign_hooks() -> tuple[tuple[Any, Any] | None, bool]:
 def has_transforms() -> bool:
     """Whether a functorch transform (vmap, grad, jvp) is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+Autocast = tuple[tuple[str, torch.dtype], ...]
+"""The kinds of device that autocast is on for, each with its dtype."""
+
+_AUTOCAST_KEYS = {
+    kind: getattr(torch._C.DispatchKey, f"Autocast{kind.upper()}") for kind in ("cpu", "cuda", "xpu", "mps")
+}
+
+
+def autocast_state() -> Autocast:
+    """What autocast is on for now."""
+    return tuple((kind, torch.get_autocast_dtype(kind)) for kind in _AUTOCAST_KEYS if torch.is_autocast_enabled(kind))
+
+
+def autocast_of_caller() -> Autocast:
+    """What autocast was on for where the op was called that a dispatch mode is handling: inside the mode it is off.
+
+    Uses what torch's own handling of modes uses; there is no public way to ask.
+    """
+    with torch._C._RestorePythonTLSSnapshot():
+        return autocast_state()
+
+
+def run_op(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the op that a dispatch mode is handling as it runs without the mode.
+
+    The kernel of an op from outside torch may be Python, and then autocast decides what it computes.
+    """
+    if is_native(func) or not (kinds := autocast_of_caller()):
+        return func(*args, **kwargs)
+    with ExitStack() as stack:
+        for kind, _ in kinds:
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(_AUTOCAST_KEYS[kind], False))
+        return func(*args, **kwargs)
+
+
+def is_native(func: Any) -> bool:
+    """Whether an op is torch's own."""
+    return getattr(func, "namespace", "aten") in {"aten", "prim", "prims"}

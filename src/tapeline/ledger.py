@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
+from tapeline.compat import run_op
 from tapeline.table import text_table
 from tapeline.units import format_bytes
 
@@ -179,7 +180,7 @@ class Ledger(TorchDispatchMode):
             self._see(tensor, "found")
         for tensor in _tensors(kwargs.values()):
             self._see(tensor, "found")
-        out = func(*args, **kwargs)
+        out = run_op(func, args, kwargs)
         if isinstance(out, torch.Tensor):
             self._see(out, str(func))
         elif isinstance(out, list | tuple):

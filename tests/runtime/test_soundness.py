@@ -1255,6 +1255,55 @@ def test_custom_ops(mode: str) -> None:
         assert pair.num_replayed_ops
 
 
+@pytest.mark.parametrize("mode", ALL_MODES)
+@pytest.mark.parametrize("kind", ["op", "function"])
+def test_products_inside_a_python_kernel_follow_autocast(mode: str, kind: str) -> None:
+    """As in the 4-bit products of bitsandbytes on a CPU; a dispatch mode around the op would switch autocast off for them."""
+
+    def run(model: nn.Module) -> None:
+        with bf16(), Ledger():
+            loss = pair.loss(model)
+        loss.backward()
+
+    def body(b: Block, x: torch.Tensor) -> torch.Tensor:
+        h = b.up(x).float().sin()
+        product = plain_product(h, b.down.weight) if kind == "op" else PlainProduct.apply(h, b.down.weight)
+        return product.sin()
+
+    with compared(body, mode) as pair:
+        for way in (run, run, None, run):
+            pair.check(way)
+        assert not pair.session.report().kept_instead
+
+
+@torch.library.custom_op("tapeline_tests::plain_product", mutates_args=())
+def plain_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, weight).float()
+
+
+@plain_product.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+plain_product.register_autograd(
+    lambda ctx, grad: (grad @ ctx.saved_tensors[1], grad.flatten(0, -2).T @ ctx.saved_tensors[0].flatten(0, -2)),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+class PlainProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight).float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        return grad @ weight, grad.flatten(0, -2).T @ x.flatten(0, -2)
+
+
 @torch.library.custom_op("tapeline_tests::twice_sin", mutates_args=())
 def twice_sin(x: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(x)

@@ -131,11 +131,11 @@ class Fingerprint:
             if part is not self.module:  # those of the block itself run outside its forward
                 self._hooks += [getattr(part, name) for name in _HOOKS]
             self._tensors += [(table, name) for table in (part._parameters, part._buffers) for name in table]
-        found = [table[name] for table, name in self._tensors]
-        for tensor in found:
+        for tensor in [table[name] for table, name in self._tensors]:
             attached = {} if isinstance(tensor, FakeTensor) else getattr(tensor, "__dict__", {})
             if not all(map(_is_plain, attached.values())):  # such as the quantisation state of a 4-bit weight
                 self._add(attached, frozenset(), _DEPTH)
+        found = [table[name] for table, name in self._tensors]  # with the tensors that hang on others
         self._has_pointer = [tensor is not None and _has_pointer(tensor) for tensor in found]
         have_versions = [tensor is not None and not tensor.is_inference() for tensor in found]
         self._versioned = list(compress(self._tensors, have_versions))

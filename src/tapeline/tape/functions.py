@@ -1,8 +1,9 @@
-"""Applying a recorded autograd Function again."""
+"""Applying a recorded autograd Function again, and anything else under the autocast of then."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -25,8 +26,22 @@ def run_function(op: Op, args: Sequence[Any]) -> list[torch.Tensor]:
         saved.append(tensor.detach())
 
     with torch.set_grad_enabled(op.has_grad), saved_tensors_hooks(capture, never):
-        out = op.func.apply(*inputs)
+        out = under_autocast(op, op.func.apply)(*inputs)
     return [tensor.detach() for tensor in tensor_leaves(out)] + saved
+
+
+def under_autocast(op: Op, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, run under the autocast that the op ran under; replays run without any."""
+    if not op.autocast:
+        return function
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for kind, dtype in op.autocast:
+                stack.enter_context(torch.autocast(kind, dtype, cache_enabled=False))
+            return function(*args, **kwargs)
+
+    return run
 
 
 def _like_before(tensor: torch.Tensor, flags: Iterator[bool]) -> torch.Tensor:

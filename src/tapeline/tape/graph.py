@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from tapeline.compat import Autocast
 from tapeline.tape.nested import leaves
 
 ARGUMENT = "argument"
@@ -139,6 +140,8 @@ class Op:
     is_function: bool = False
     has_grad: bool = True
     """For a Function: whether it was applied with autograd on."""
+    autocast: Autocast = ()
+    """For an op whose kernel may be Python, and a Function: the autocast that it ran under."""
     grad_flags: tuple[bool, ...] = ()
     """For a Function: which of its tensor arguments required grad."""
     obstacle: str = ""
@@ -209,7 +212,7 @@ class Tape:
     def _lines(self) -> Iterator[str]:
         for op in self.ops:
             func = f"{op.func}{id(op.func)}" if op.is_function else op.func
-            yield f"{func}{_exact((op.args, op.kwargs))}{op.makes}{op.module}{op.grad_flags}{op.obstacle}\n"
+            yield f"{func}{_exact((op.args, op.kwargs))}{op.makes}{op.module}{op.grad_flags}{op.autocast}{op.obstacle}\n"
         for value in self.values:
             yield f"{value.num_bytes}{value.base!r}{value.source}{value.previous}{value.is_last}{value.is_output}\n"
         for pack in self.packs:

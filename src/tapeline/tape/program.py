@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tapeline.planner.block import BlockChoice, BlockGraph, steps_for
-from tapeline.tape.functions import run_function
+from tapeline.tape.functions import run_function, under_autocast
 from tapeline.tape.graph import ARGUMENT, UNKNOWN, Geometry, Op, Source, Tape, Use, uses
 from tapeline.tape.options import narrowings
 from tapeline.tape.straight import Register, Script, Writer
@@ -352,7 +352,7 @@ class _Line(NamedTuple):
 
 def callable_of(op: Op) -> Any:
     """What a replay calls: the op without the Python wrapper around it."""
-    return getattr(op.func, "_op", op.func)
+    return under_autocast(op, getattr(op.func, "_op", op.func))
 
 
 def _registers(arg: Any) -> Iterator[int]:

@@ -13,6 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tapeline.compat import autocast_of_caller, autocast_state, is_native, run_op
 from tapeline.cost.price import MATMUL, MEMORY, OTHER, count_flops, op_class
 from tapeline.ledger import DEVICE_OF
 from tapeline.tape.graph import (
@@ -68,6 +69,7 @@ class _Region:
         self.flops = 0
         self.is_random = False
         self.has_grad = torch.is_grad_enabled()
+        self.autocast = autocast_state()
         self.obstacle = ""
 
 
@@ -167,7 +169,7 @@ class Recorder(TorchDispatchMode):
         if self.is_paused or func is DEVICE_OF:
             return func(*args, **kwargs)
         if self._region is not None:
-            out = func(*args, **kwargs)
+            out = run_op(func, args, kwargs)
             _see_inside(self._region, func, args, kwargs, out)
             return out
         if func is aten.lift_fresh.default and self._note_constant(args[0]):
@@ -190,6 +192,7 @@ class Recorder(TorchDispatchMode):
             op.flops = count_flops(func, args, kwargs, out)
             op.is_random = is_random(func, args, kwargs)
             op.num_outputs = len(outputs)
+            op.autocast = () if is_native(func) else autocast_of_caller()
             op.moved_bytes = sum(t.nbytes for t in operands) + sum(t.nbytes for _, t in fresh)
             self._note(op, reads, wrote, fresh)
         return out
@@ -197,7 +200,7 @@ class Recorder(TorchDispatchMode):
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._watch.is_inside_op = True
         try:
-            return func(*args, **kwargs)
+            return run_op(func, args, kwargs)
         finally:
             self._watch.is_inside_op = False
 
@@ -283,6 +286,7 @@ class Recorder(TorchDispatchMode):
         op.module, op.kind, op.flops = self._watch.modules[-1], MATMUL if region.flops else OTHER, region.flops
         op.is_function, op.is_random, op.obstacle = True, region.is_random, region.obstacle
         op.grad_flags, op.has_grad, op.num_outputs = region.flags, region.has_grad, len(outputs)
+        op.autocast = region.autocast
         self.tape.ops.append(op)
         makes = []
         for tensor, version in region.versions:
