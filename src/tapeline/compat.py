@@ -36,6 +36,29 @@ def has_transforms() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host ran out of memory; on a CPU torch raises a plain `RuntimeError`."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def attention_kernels() -> tuple[bool, ...]:
+    """Which kernels `scaled_dot_product_attention` may choose."""
+    return (
+        torch._C._get_flash_sdp_enabled(),
+        torch._C._get_mem_efficient_sdp_enabled(),
+        torch._C._get_math_sdp_enabled(),
+        torch._C._get_cudnn_sdp_enabled(),
+    )
+
+
+def allow_attention_kernels(allowed: tuple[bool, ...]) -> None:
+    """Allow what `attention_kernels` said; `torch.nn.attention.sdpa_kernel` knows no set of none."""
+    torch._C._set_sdp_use_flash(allowed[0])
+    torch._C._set_sdp_use_mem_efficient(allowed[1])
+    torch._C._set_sdp_use_math(allowed[2])
+    torch._C._set_sdp_use_cudnn(allowed[3])
+
+
 Autocast = tuple[tuple[str, torch.dtype], ...]
 """The kinds of device that autocast is on for, each with its dtype."""
 
@@ -54,7 +77,7 @@ def autocast_of_caller() -> Autocast:
 
     Uses what torch's own handling of modes uses; there is no public way to ask.
     """
-    with torch._C._RestorePythonTLSSnapshot():
+    with torch._C._RestorePythonTLSSnapshot():  # type: ignore[attr-defined]
         return autocast_state()
 
 

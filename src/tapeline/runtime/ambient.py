@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from tapeline.compat import allow_attention_kernels, attention_kernels
 from tapeline.cost.device import accelerator_type
 from tapeline.runtime.signature import Surroundings
 
@@ -57,11 +58,22 @@ class Ambient:
             torch.set_default_dtype(now)
 
     @contextmanager
+    def _attention_restored(self) -> Iterator[None]:
+        """Allow the attention kernels that were allowed then."""
+        now = attention_kernels()
+        allow_attention_kernels(self.settings.attention)
+        try:
+            yield
+        finally:
+            allow_attention_kernels(now)
+
+    @contextmanager
     def restored(self) -> Iterator[None]:
         """Run under the noted random state and autocast, and put today's back."""
         with ExitStack() as stack:
             stack.enter_context(self.random_state())
             stack.enter_context(self.dtype_restored())
+            stack.enter_context(self._attention_restored())
             autocast = {"cpu": self.settings.autocast_cpu}
             if self.device_type:
                 autocast[self.device_type] = self.settings.autocast_accelerator

@@ -17,18 +17,17 @@ from tapeline.runtime.frame import Frame, Hooks, Late, keep, unpack
 from tapeline.runtime.guard import BlockGuard
 from tapeline.runtime.inputs import Chain, OutputRecipe, RebuiltInput
 from tapeline.runtime.invocation import Invocation
-from tapeline.runtime.library import CallClass, Library
+from tapeline.runtime.library import MAX_CLASSES, MAX_TAPES, CallClass, Library, remember
 from tapeline.runtime.rerun import Rerun
 from tapeline.runtime.signature import arguments_key, has_objects, surroundings
 from tapeline.runtime.strict import run_strictly
-from tapeline.runtime.verifier import output_program, settle
+from tapeline.runtime.verifier import output_program, settle, settle_rerun
 from tapeline.tape.graph import ARGUMENT, Source, Tape, first_difference
 from tapeline.tape.program import Recipe
 from tapeline.tape.record import DRAWS_NUMBERS, Recorder
 from tapeline.tape.sources import Getter, getter
 
 _MAX_DRIFTS = 3
-_MAX_CLASSES = 64
 _MAX_CHANGES = 2
 RUNS_BACKWARD = "it runs backward inside its forward"
 
@@ -77,12 +76,10 @@ class BlockSeam:
         """Why calls were not replayed from a tape, each reason once."""
         self.is_due_for_audit = False
         """Verify the next call again."""
-        self._cast_versions: dict[Any, list[int]] = {}
-        """Versions of the parameters when autocast cast them last, by class of call."""
         self.is_strict = False
         """Keep everything, replay every op of every call, and raise where one differs."""
         self._prepared: dict[Any, Prepared] = {}
-        self._generation = library.generation
+        self._generation = library.generation, self.fingerprint.num_rebuilt
         self._unexpected: set[Any] = set()
         """Classes of calls that were not as those of another block of its like, and are yet to be verified."""
 
@@ -109,8 +106,9 @@ class BlockSeam:
     def _dispatch(self, key: Any, invocation: Invocation, tensors: list[torch.Tensor], foreign: Hooks | None) -> Any:
         """Run a call in the way that fits its class."""
         rebuilt = self._rebuilt(tensors)
-        if self._generation != self.library.generation:
-            self._generation = self.library.generation
+        generation = self.library.generation, self.fingerprint.num_rebuilt
+        if self._generation != generation:
+            self._generation = generation
             self._prepared.clear()
         prepared = self._prepared.get(key) or self._prepare(key)
         if prepared is None or (self.is_due_for_audit and prepared.recipe is not None):
@@ -119,12 +117,13 @@ class BlockSeam:
             if expected is not None:
                 return self._record_as_expected(key, invocation, tensors, foreign, rebuilt, expected)
             return self._record(key, invocation, tensors, foreign, prepared)
+        self.records.num_new = 0
         if prepared.recipe is None:
             return self._fall_back(key, prepared.known, invocation, tensors, foreign)
         return self._run(key, prepared, invocation, tensors, foreign, rebuilt)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"name": self.name, "module": self.module, "is_in_force": False}
+        return {"name": self.name, "is_in_force": False}
 
     # -- ways to run a call ----------------------------------------------------------------------------------------
 
@@ -145,7 +144,7 @@ class BlockSeam:
         before = self._versions(invocation)
         with saved_tensors_hooks(frame.pack, unpack):
             out = invocation.run()
-        if frame.finish() and self._casts_are_current(key, frame) and frame.complete():
+        if frame.finish() and self._casts_are_current(prepared, frame) and frame.complete():
             self._note_output(out, prepared, ambient, tensors, rebuilt)
         else:
             self._drifted(key, frame, invocation, ambient, before)
@@ -168,8 +167,11 @@ class BlockSeam:
         def pack(tensor: torch.Tensor) -> Any:
             recorder.pack(tensor)
             late.append(Late(tensor))
+            if foreign is None:
+                return late[-1]
             # hooks of somebody else get what is saved now, before it may be overwritten: all of it, this once
-            return late[-1] if foreign is None else keep(tensor, foreign)
+            with recorder.paused():
+                return keep(tensor, foreign)
 
         with saved_tensors_hooks(pack, unpack), recorder:
             out = invocation.run()
@@ -177,13 +179,12 @@ class BlockSeam:
             recorder.refuse(RUNS_BACKWARD)
         tape = recorder.finish(out)
         places, late = late, []  # autograd keeps the pack hook, and so what it refers to
-        known = self._classify(key, tape, has_written=before != self._versions(invocation))
+        known = self._classify(key, tape, tensors, has_written=before != self._versions(invocation))
         if known.tape is None:
             self.note_reason(known.reason)
-            rerun = self._rerun(known, invocation, ambient)
-            for number, place in enumerate(places):
-                tensor = place.packed[0]
-                place.settle((rerun and rerun.drop(number, tensor)) or keep(tensor))
+            if not settle_rerun(self._rerun(known, invocation, ambient), places, verifies=self.library.verifies):
+                known.can_rerun = False
+                self.note_reason("running it again gave something else, so it is kept")
             self.chain.note(None, None)
             return out
         if audited is not None and audited.known.tape is not None and audited.known.tape.digest != tape.digest:
@@ -191,9 +192,9 @@ class BlockSeam:
         recipe = self.library.recipe(tape, self.policy)
         prepared = self._with_getters(known, recipe)
         frame = Frame(self.name, recipe, find_sources(prepared.getters, tensors), ambient)
-        self._cast_versions[key] = frame.parameter_versions()
+        self.library.casts.note(self._cast(prepared))
         if settle(self, frame, places, is_audit=audited is not None):
-            self._prepared[key] = prepared
+            self._remember(key, prepared)
             self.library.expected[self._kind(), key[1:], self.policy] = recipe
         else:
             self._prepared.pop(key, None)
@@ -223,21 +224,16 @@ class BlockSeam:
 
         def pack(tensor: torch.Tensor) -> Any:
             recorder.pack(tensor)
-            recorder.is_paused = True
-            try:
+            with recorder.paused():
                 return frame.pack(tensor)
-            finally:
-                recorder.is_paused = False
 
         with saved_tensors_hooks(pack, unpack), recorder:
             out = invocation.run()
         tape = recorder.finish(out)
-        known = self._classify(key, tape, has_written=before != self._versions(invocation))
+        known = self._classify(key, tape, tensors, has_written=before != self._versions(invocation))
         is_equal = known.tape is not None and known.tape.digest == recipe.tape.digest
-        cast_versions = frame.parameter_versions()
-        if is_equal and frame.finish() and frame.complete():
-            self._prepared[key] = prepared
-            self._cast_versions[key] = cast_versions
+        if is_equal and frame.finish() and self._casts_are_current(prepared, frame) and frame.complete():
+            self._remember(key, prepared)
             self._note_output(out, prepared, ambient, tensors, rebuilt)
             return out
         frame.drift = frame.drift or "it has another tape than a block built alike"
@@ -251,27 +247,37 @@ class BlockSeam:
     def _expected(self, key: Any) -> Recipe | None:
         """The recipe of a block of its like, if a call that turns out to be another one can be run again."""
         recipe = self.library.expected.get((self._kind(), key[1:], self.policy))
-        is_safe = key not in self._unexpected and not has_objects(key[2])
+        # in a state that this block was not in before, a number may be another again before backward
+        is_new_state = self.records.classes and all(key[0] != token for token, *_ in self.records.classes)
+        is_safe = key not in self._unexpected and not has_objects(key[2]) and not is_new_state
         return recipe if recipe is not None and is_safe and not recipe.tape.changes_state else None
 
-    def _classify(self, key: Any, tape: Tape, *, has_written: bool) -> CallClass:
+    def _classify(self, key: Any, tape: Tape, tensors: list[torch.Tensor], *, has_written: bool) -> CallClass:
         """Keep what a recording has found out about a class of calls."""
-        classes = self.records.classes
-        changes = has_written or tape.changes_state or self.fingerprint.token() != key[0] or has_objects(key[2])
-        is_odd = tape.obstacle in (DRAWS_NUMBERS, RUNS_BACKWARD)
-        known = CallClass(tape)
-        self.records.num_changes += self.fingerprint.token() != key[0]
-        if self.records.num_changes >= _MAX_CHANGES:
-            self.records.fixed = CallClass(None, "its forward changes its own attributes", can_rerun=False)
-            self._prepared.clear()
-            self.note_reason(self.records.fixed.reason)
-        if tape.obstacle or len(classes) >= _MAX_CLASSES:
-            reason = tape.obstacle or f"it was called in {_MAX_CLASSES} different ways"
-            known = CallClass(None, reason, can_rerun=not (changes or is_odd))
-            self.library.obstacles[self._kind(), key[1:]] = known
-            self._prepared[key] = self._with_getters(known, None)
-        classes[key] = known
-        return known
+        records = self.records
+        if self.fingerprint.token() != key[0]:
+            records.num_changes += 1
+            if records.num_changes >= _MAX_CHANGES:
+                records.fixed = CallClass(None, "its forward changes its own attributes", can_rerun=False)
+                self._prepared.clear()
+                self.note_reason(records.fixed.reason)
+        shapes = tuple(tensor.shape for tensor in tensors)
+        if any(known.shapes == shapes for known in records.classes.values()):
+            records.num_new += 1
+            if records.num_new == MAX_CLASSES:
+                self.note_reason(f"each of {MAX_CLASSES} calls was different, and is recorded anew: this takes time")
+        known = CallClass(self.library.canonical(tape), shapes=shapes)
+        if tape.obstacle:
+            can_rerun = self._can_rerun(key, tape, has_written=has_written) and tape.obstacle != RUNS_BACKWARD
+            known = CallClass(None, tape.obstacle, can_rerun, shapes)
+            remember(self.library.obstacles, (self._kind(), key[1:]), known, MAX_TAPES)
+            self._remember(key, self._with_getters(known, None))
+        return remember(records.classes, key, known, MAX_CLASSES)
+
+    def _can_rerun(self, key: Any, tape: Tape, *, has_written: bool) -> bool:
+        """Whether running such a call again changes nothing but what it returns."""
+        changes = has_written or tape.changes_state or tape.obstacle == DRAWS_NUMBERS or has_objects(key[2])
+        return not changes and self.fingerprint.token() == key[0]
 
     def _prepare(self, key: Any) -> Prepared | None:
         """The recipe for a class that was recorded under another policy, or by another block of its like."""
@@ -281,8 +287,7 @@ class BlockSeam:
         if known is None or (known.tape is not None and not self.library.is_verified(known.tape, self.policy)):
             return None
         recipe = self.library.recipe(known.tape, self.policy) if known.tape is not None else None
-        prepared = self._prepared[key] = self._with_getters(known, recipe)
-        return prepared
+        return self._remember(key, self._with_getters(known, recipe))
 
     def _fall_back(
         self, key: Any, known: CallClass, invocation: Invocation, tensors: list[torch.Tensor], foreign: Hooks | None
@@ -308,20 +313,19 @@ class BlockSeam:
         if not known.can_rerun or not self.policy.drops_all:
             return None
         self.num_reruns += 1
-        return Rerun(self.guard, invocation, ambient)
+        return Rerun(self.guard, self.fingerprint, invocation, ambient)
 
     def _recover(
         self, frame: Frame, key: Any, invocation: Invocation, ambient: Ambient, before: list[int], tape: Tape
     ) -> None:
         """Bring back what a call has dropped that was not as recorded, or make asking for it an error."""
-        has_changed = before != self._versions(invocation)
-        if has_changed or tape.changes_state or has_objects(key[2]) or tape.obstacle == DRAWS_NUMBERS:
+        if not self._can_rerun(key, tape, has_written=before != self._versions(invocation)):
             frame.lose(
                 f"Block {self.name!r} differed from its tape ({frame.drift}) and cannot be run again: it changes state."
             )
         else:
             self.num_reruns += 1
-            frame.recover(Rerun(self.guard, invocation, ambient), frame.cursor)
+            frame.recover(Rerun(self.guard, self.fingerprint, invocation, ambient), frame.cursor)
 
     def _versions(self, invocation: Invocation) -> list[int]:
         """How often what the block is made of, and what it is given, has been written."""
@@ -337,8 +341,10 @@ class BlockSeam:
         self._prepared.pop(key, None)
         self.records.classes.pop(key, None)
         if self.num_drifts >= _MAX_DRIFTS:
-            known = self.records.classes[key] = CallClass(None, "its calls differ though nothing it is given does")
-            self._prepared[key] = self._with_getters(known, None)
+            can_rerun = self._can_rerun(key, frame.recipe.tape, has_written=before != self._versions(invocation))
+            known = CallClass(None, "its calls differ though nothing it is given does", can_rerun)
+            self.records.classes[key] = known
+            self._remember(key, self._with_getters(known, None))
 
     # -- what a call is given --------------------------------------------------------------------------------------
 
@@ -348,9 +354,13 @@ class BlockSeam:
 
     def _with_getters(self, known: CallClass, recipe: Recipe | None) -> Prepared:
         if recipe is None:
-            return Prepared(known, None, [], [])
-        sources = self.library.all_sources(recipe.tape) if self.feeds_next else []
-        return Prepared(known, recipe, self.getters(recipe.sources), self.getters(sources))
+            return Prepared(known, None, [], [], [])
+        outputs = self.library.all_sources(recipe.tape) if self.feeds_next else []
+        casts = self.getters(recipe.tape.casts)
+        return Prepared(known, recipe, self.getters(recipe.sources), casts, self.getters(outputs))
+
+    def _remember(self, key: Any, prepared: Prepared) -> Prepared:
+        return remember(self._prepared, key, prepared, MAX_CLASSES)
 
     def _rebuilt(self, tensors: list[torch.Tensor]) -> RebuiltInput | None:
         match = self.chain.match(tensors[0] if tensors else None)
@@ -369,17 +379,13 @@ class BlockSeam:
             output = OutputRecipe(self.name, program, sources, ambient)
         self.chain.note(out, output)
 
-    def _casts_are_current(self, key: Any, frame: Frame) -> bool:
-        """Whether copies that autocast has cached are those of the parameters as they are.
+    def _cast(self, prepared: Prepared) -> list[Any]:
+        """The parameters that autocast casts in this class of calls."""
+        return [place() for place in prepared.cast_getters if not isinstance(place, int)]
 
-        An optimizer step inside one autocast context leaves copies of the old weights in the cache, and the forward uses them.
-        """
-        if not frame.recipe.tape.cached_casts:
-            return True
-        versions = frame.parameter_versions()
-        if not frame.is_hit:
-            self._cast_versions[key] = versions
-        elif self._cast_versions.get(key) != versions:
+    def _casts_are_current(self, prepared: Prepared, frame: Frame) -> bool:
+        """Whether copies that autocast has cached are those of the parameters as they are."""
+        if prepared.cast_getters and not self.library.casts.note(self._cast(prepared), frame.num_found):
             frame.drift = "autocast used copies of parameters from before they were changed"
             frame.lose(
                 f"Block {self.name!r} ran in an autocast context that has cached copies of its parameters from before the "

@@ -21,6 +21,8 @@ class Prepared:
     recipe: Recipe | None
     getters: list[Getter | int]
     """How to find each source: a function, or the place among the tensors of the arguments."""
+    cast_getters: list[Getter | int]
+    """The same for the parameters that autocast casts."""
     output_getters: list[Getter | int]
     """The same for what the outputs are made of, if the next block drops its input."""
 
@@ -36,10 +38,18 @@ def find_sources(
         elif place == 0 and rebuilt is not None:
             found.append(rebuilt)
         else:
-            found.append(tensors[place].detach())
+            tensor = tensors[place]
+            found.append(tensor.clone() if tensor.is_inference() else tensor.detach())
     return found
 
 
 def _alias(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory under another tensor, which keeps it when the original is given new data (``p.data = ...``)."""
+    """The same memory under another tensor, which keeps it when the original is given new data (``p.data = ...``).
+
+    A tensor made in inference mode has no version that would tell of a change; what is not a weight is copied.
+    """
+    if tensor.is_inference() and not isinstance(tensor, nn.Parameter):
+        return tensor.clone()
+    if tensor.is_inference():
+        return tensor.detach()
     return tensor.detach() if type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer) else tensor

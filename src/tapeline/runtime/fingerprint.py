@@ -23,6 +23,7 @@ _COMPARED = (type, *PLAIN, *FUNCTIONS)
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _DEPTH = 4
+_MAX_STATES = 64
 Reader = Callable[[Any], Any]
 
 
@@ -39,9 +40,12 @@ class Fingerprint:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self._states: list[tuple[Any, ...]] = []
+        self._states: dict[int, tuple[Any, ...]] = {}
         self._last: tuple[Any, ...] | None = None
-        self._token = 0
+        self._token = self._num_states = 0
+        self.num_rebuilt = 0
+        """How often other submodules have taken the place of those that were there."""
+        self._parts: list[int] = []
         self.has_trainable = False
         """Whether any parameter required grad when `token` was last asked for."""
         self._compile()
@@ -76,6 +80,9 @@ class Fingerprint:
         """Something has changed: find the places anew, and look whether this state was seen before."""
         self._compile()
         self._last = self._read()
+        parts = [*map(id, self.module.modules())]
+        self.num_rebuilt += parts != self._parts
+        self._parts = parts
         numbers, _, sizes, sets, hooks, grads, _ = self._last
         state = (
             numbers,
@@ -86,12 +93,15 @@ class Fingerprint:
             self._names,
             [_layout(table[name]) for table, name in self._tensors],
         )
-        for token, known in enumerate(self._states):
+        for token, known in self._states.items():
             if known == state:
                 self._token = token
                 return token
-        self._states.append(state)
-        self._token = len(self._states) - 1
+        self._num_states += 1
+        self._token = self._num_states
+        self._states[self._token] = state
+        if len(self._states) > _MAX_STATES:
+            del self._states[next(iter(self._states))]
         return self._token
 
     def _read(self) -> tuple[Any, ...]:
@@ -126,7 +136,8 @@ class Fingerprint:
             for cls in type(part).__mro__[: -len(nn.Module.__mro__)]:
                 self._add_class(cls)
             if part._modules:
-                self._add_reader(part._modules, list(part._modules))
+                self._holders.append((_reader(part._modules, list(part._modules), always_tuple=True), part._modules))
+                self._names.append(tuple((name, type(child)) for name, child in part._modules.items()))
             self._tables += [part._parameters, part._modules, part._buffers]
             if part is not self.module:  # those of the block itself run outside its forward
                 self._hooks += [getattr(part, name) for name in _HOOKS]

@@ -14,11 +14,12 @@ import torch
 
 from tapeline.errors import PlanDriftError
 from tapeline.runtime.ambient import Ambient
+from tapeline.runtime.guard import changed
 from tapeline.runtime.inputs import RebuiltInput
 from tapeline.runtime.replaying import replay
 from tapeline.runtime.rerun import Rerun
-from tapeline.runtime.signature import numerics
-from tapeline.tape.graph import PARAMETER, Geometry
+from tapeline.runtime.signature import check_numerics
+from tapeline.tape.graph import Geometry
 from tapeline.tape.program import KEEP, Program, Recipe
 from tapeline.tape.straight import Check
 
@@ -82,13 +83,7 @@ class Phase:
             )
         if [tensor._version for tensor in self._origins()] != self.versions:
             self._raise_changed()
-        before, now = self.ambient.settings.numerics, numerics()
-        if before != now:
-            raise RuntimeError(
-                "A setting that decides how kernels compute was changed between forward and backward of block "
-                f"{self.block!r}: {before} then, {now} now (deterministic algorithms, matmul precision, TF32, "
-                "reduced precision). Replaying would give another gradient. Change it before the forward."
-            )
+        check_numerics(self.block, self.ambient.settings.numerics)
         sources = [source.tensor() if isinstance(source, RebuiltInput) else source for source in self.sources]
         return replay(self.block, self.program, sources, self.roots, self.ambient, check)
 
@@ -98,7 +93,7 @@ class Phase:
         tensors = [(tensor, name) for tensor, name in named if isinstance(tensor, torch.Tensor)]
         for (tensor, name), version in zip(tensors, self.versions, strict=True):
             if tensor._version != version:
-                raise RuntimeError(_changed(tensor, version, f"to recompute block {self.block!r}", name))
+                raise RuntimeError(changed(tensor, version, f"to recompute block {self.block!r}", name))
 
     def _origins(self) -> list[torch.Tensor]:
         used = (self.sources[number] for number in self.program.sources)
@@ -118,7 +113,7 @@ class Frame:
     """
 
     __slots__ = (
-        *("actions", "block", "cursor", "drift", "first_node", "foreign", "is_hit", "phases", "rebuilt"),
+        *("actions", "block", "cursor", "drift", "first_node", "foreign", "num_found", "phases", "rebuilt"),
         *("num_placed", "recipe", "roots", "sources", "versions"),
     )
 
@@ -137,7 +132,7 @@ class Frame:
         self.phases = [Phase(block, program, ambient) for program in recipe.programs]
         self.roots: dict[int, torch.Tensor] = {}
         self.cursor = 0
-        self.is_hit = False
+        self.num_found = 0
         """Whether autocast had copies of parameters from an earlier call."""
         self.drift = ""
         """What was different from the tape; empty as long as nothing was."""
@@ -206,7 +201,7 @@ class Frame:
         """The forward has ended; returns whether it did what was recorded. If not, `drift` says what was different."""
         recipe = self.recipe
         nodes = _count_nodes() - self.first_node
-        self.is_hit = nodes < recipe.most_nodes
+        self.num_found = recipe.most_nodes - nodes
         if not self.drift:
             if self.cursor != len(self.actions):
                 self.drift = f"it saved {self.cursor} tensors instead of {len(self.actions)}"
@@ -245,11 +240,6 @@ class Frame:
             phase.lost = reason
         self._let_go()
 
-    def parameter_versions(self) -> list[int]:
-        """Versions of the parameters among the sources, while the call runs."""
-        named = zip(self.recipe.sources, self.sources, strict=True)
-        return [t._version for source, t in named if source.kind == PARAMETER and isinstance(t, torch.Tensor)]
-
     def _let_go(self) -> None:
         """Autograd keeps the pack hook, and so this object, as long as any tensor that went through it is saved."""
         self.roots, self.phases, self.sources, self.rebuilt, self.num_placed = {}, [], (), None, 0
@@ -277,7 +267,7 @@ class Late:
     __slots__ = ("is_unpacked", "packed")
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self.packed: Any = (tensor, tensor._version)
+        self.packed: Any = keep(tensor)
         self.is_unpacked = False
 
     def settle(self, packed: Any) -> None:
@@ -322,16 +312,8 @@ def unpack(packed: Any) -> torch.Tensor:
         tensor: torch.Tensor = first.take(second)  # a phase, a rerun, or the place of an input
         return tensor
     if first._version != second:
-        raise RuntimeError(_changed(first, second, "for gradient computation"))
+        raise RuntimeError(changed(first, second, "for gradient computation"))
     return first
-
-
-def _changed(tensor: torch.Tensor, version: int, why: str, name: str = "") -> str:
-    return (
-        f"One of the variables needed {why} has been modified by an inplace operation: "
-        f"{name + ', ' if name else ''}{tensor.dtype} of shape {list(tensor.shape)} is at version {tensor._version}; expected version {version} instead. "
-        "Run backward before the optimizer step or the change."
-    )
 
 
 def _current_stream(tensor: torch.Tensor) -> Any:

@@ -111,3 +111,12 @@ def _storage_identity(tensor: torch.Tensor) -> int:
     except (NotImplementedError, RuntimeError):  # wrapper subclasses have no storage of their own
         return 0
     return int(identity)
+
+
+def changed(tensor: torch.Tensor, version: int, why: str, name: str = "") -> str:
+    """The message for a tensor that was written between forward and backward, as autograd words it."""
+    return (
+        f"One of the variables needed {why} has been modified by an inplace operation: "
+        f"{name + ', ' if name else ''}{tensor.dtype} of shape {list(tensor.shape)} is at version {tensor._version}; expected version {version} instead. "
+        "Run backward before the optimizer step or the change."
+    )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -43,11 +45,11 @@ class Patches:
         return [f"{type(target).__name__}.{name}" for target, name, _ in self._changed()]
 
     def undo(self) -> None:
-        """Put everything back, but for objects that somebody else has set anew since; safe to call twice."""
-        taken_over = {id(target) for target, _, _ in self._changed()}
+        """Put everything back, but for attributes that somebody else has set since; safe to call twice."""
+        taken_over = {(id(target), name) for target, name, _ in self._changed()}
         while self._undo:
             target, name, before = self._undo.pop()
-            if id(target) in taken_over:
+            if (id(target), name) in taken_over:
                 continue
             if before is _MISSING:
                 vars(target).pop(name, None)
@@ -64,10 +66,26 @@ class Patches:
 
 
 class InstanceForward:
-    """The `forward` of one instance, run through its seam. Copies with its module."""
+    """The `forward` of one instance, run through its seam. Copies with its module, and does not keep it alive."""
 
     def __init__(self, module: nn.Module, seam: BlockSeam, before: Any = None) -> None:
-        self.module, self.seam, self.before = module, seam, before
+        self._module, self.seam, self.before = weakref.ref(module), seam, before
+
+    @property
+    def module(self) -> nn.Module:
+        module = self._module()
+        assert module is not None, "it runs as the module's forward"
+        return module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> InstanceForward:
+        module = copy.deepcopy(self.module, memo)  # the copy that is being made
+        return InstanceForward(module, copy.deepcopy(self.seam, memo), copy.deepcopy(self.before, memo))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": self.module, "seam": self.seam, "before": self.before}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = self.before if self.before is not None else self._class_forward

@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from tapeline.cost.device import Rates
 from tapeline.errors import UsageError
 from tapeline.planner.block import choose
 from tapeline.planner.policy import Policy
+from tapeline.runtime.casts import Casts
 from tapeline.runtime.fingerprint import Fingerprint
 from tapeline.tape.graph import UNKNOWN, Op, Tape
 from tapeline.tape.options import Limits, block_graph
 from tapeline.tape.program import NotReplayable, Program, Recipe, compile_program, compile_recipe
 from tapeline.tape.rules import Rules
+
+Key = TypeVar("Key")
+Found = TypeVar("Found")
+MAX_CLASSES = 64
+"""Classes of calls that are remembered of each block."""
+MAX_TAPES = 256
+"""Distinct tapes that are remembered in a session."""
+
+
+def remember(table: dict[Key, Found], key: Key, value: Found, limit: int) -> Found:
+    """Add to a table, which forgets its oldest entry beyond `limit`."""
+    table[key] = value
+    if len(table) > limit:
+        del table[next(iter(table))]
+    return value
 
 
 @dataclass(slots=True)
@@ -28,6 +45,8 @@ class CallClass:
     """Why calls of this class are not replayed from a tape."""
     can_rerun: bool = True
     """Without a tape: whether the block may be run again as a whole."""
+    shapes: tuple[torch.Size, ...] = ()
+    """Of the tensors among the arguments of its first call."""
 
 
 @dataclass(slots=True)
@@ -38,6 +57,8 @@ class BlockRecords:
     classes: dict[Any, CallClass] = field(default_factory=dict)
     num_changes: int = 0
     """Recorded calls that changed what the fingerprint reads."""
+    num_new: int = 0
+    """Calls in a row that were recorded although calls of these shapes had been recorded before."""
     fixed: CallClass | None = None
     """Holds for every call: the block is never the same twice."""
 
@@ -70,6 +91,7 @@ class Library:
         """What keeps the model from filling caches while blocks are managed."""
         self.verified_outputs: set[str] = set()
         """Tapes whose outputs were found to be made again exactly."""
+        self.casts = Casts()
         self.lock = threading.RLock()
         self._limits: dict[str, Limits] = {}
         self._recipes: dict[tuple[str, Policy], Recipe] = {}
@@ -82,6 +104,13 @@ class Library:
             found = self.blocks[name] = BlockRecords(Fingerprint(module))
         return found
 
+    def canonical(self, tape: Tape) -> Tape:
+        """The one copy of a tape that all blocks share; of too many, the oldest is forgotten."""
+        with self.lock:
+            if tape.digest not in self.tapes and len(self.tapes) >= MAX_TAPES:
+                self._drop(next(iter(self.tapes)))
+            return self.tapes.setdefault(tape.digest, tape)
+
     def recipe(self, tape: Tape, policy: Policy) -> Recipe:
         """The recipe for a tape under a policy.
 
@@ -91,7 +120,7 @@ class Library:
         key = tape.digest, policy
         with self.lock:
             if key not in self._recipes:
-                self._recipes[key] = self._solve(self.tapes.setdefault(tape.digest, tape), policy)
+                self._recipes[key] = self._solve(self.canonical(tape), policy)
             return self._recipes[key]
 
     def keep_instead(self, tape: Tape, values: set[int], reason: str) -> None:
@@ -116,9 +145,19 @@ class Library:
     def _forget(self, tape: Tape, reason: str) -> None:
         self.failures.setdefault(tape.digest, []).append(reason)
         self.generation += 1
-        self.verified = {key for key in self.verified if key[0] != tape.digest}
-        self._recipes = {key: recipe for key, recipe in self._recipes.items() if key[0] != tape.digest}
-        self.expected = {key: recipe for key, recipe in self.expected.items() if recipe.tape.digest != tape.digest}
+        self._unlearn(tape.digest)
+
+    def _drop(self, digest: str) -> None:
+        """Forget a tape; a call that has it is recorded anew."""
+        self._unlearn(digest)
+        self.verified_outputs.discard(digest)
+        for table in (self.tapes, self._limits, self._outputs):
+            table.pop(digest, None)
+
+    def _unlearn(self, digest: str) -> None:
+        self.verified = {key for key in self.verified if key[0] != digest}
+        self._recipes = {key: recipe for key, recipe in self._recipes.items() if key[0] != digest}
+        self.expected = {key: recipe for key, recipe in self.expected.items() if recipe.tape.digest != digest}
 
     def output_program(self, recipe: Recipe) -> Program | None:
         """The calls that make the outputs of a tape from sources alone, which are those of `recipe`; ``None`` if none do."""

@@ -6,6 +6,7 @@ Used where a block cannot be replayed from a tape, and where a call did somethin
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -15,10 +16,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from tapeline.errors import PlanDriftError
 from tapeline.ledger import RECOMPUTE, active_ledgers
 from tapeline.runtime.ambient import Ambient
-from tapeline.runtime.guard import BlockGuard
+from tapeline.runtime.fingerprint import Fingerprint
+from tapeline.runtime.guard import BlockGuard, changed
 from tapeline.runtime.invocation import Invocation
+from tapeline.runtime.replaying import OBSERVERS
+from tapeline.runtime.signature import check_numerics
 from tapeline.tape.functions import never
+from tapeline.tape.replay import only_modes, other_modes
 from tapeline.tape.sources import storage_key
+from tapeline.tape.verify import same_bits
 
 
 class _EverythingSavedError(Exception):
@@ -29,21 +35,22 @@ class Rerun:
     """The call of a block, kept so that everything it saves can be made again.
 
     Args:
-        guard: notes and checks the state of the block.
+        guard: notes and checks the tensors of the block.
+        fingerprint: tells whether anything else of the block has changed.
         invocation: what was run, with which arguments.
         ambient: random and autocast state at entry.
     """
 
-    def __init__(self, guard: BlockGuard, invocation: Invocation, ambient: Ambient) -> None:
-        self.guard, self.ambient = guard, ambient
-        self.noted = guard.note()
+    def __init__(self, guard: BlockGuard, fingerprint: Fingerprint, invocation: Invocation, ambient: Ambient) -> None:
+        self.guard, self.fingerprint, self.ambient = guard, fingerprint, ambient
+        self.noted, self.token = guard.note(), fingerprint.token()
         self.given = {storage_key(tensor) for tensor in guard.tensors()}
         self.given |= {storage_key(tensor) for tensor in invocation.tensors()}
-        self.invocation = invocation.detached()
+        self.invocation, self.modes = invocation.detached(), other_modes(OBSERVERS)
         self.versions = [_version(tensor) for tensor in self.invocation.tensors()]
         self.num_saved = 0
         self.expected: dict[int, tuple[torch.Size, torch.dtype]] = {}
-        self.ready: dict[int, torch.Tensor] = {}
+        self.ready: dict[int, tuple[torch.Tensor, int]] = {}
         self.lock = threading.Lock()
 
     def drop(self, number: int, tensor: torch.Tensor) -> Any:
@@ -63,11 +70,29 @@ class Rerun:
         """
         with self.lock:
             if number not in self.ready:
-                self._run()
-            return self.ready.pop(number)
+                self._run(self._make_ready)
+            tensor, version = self.ready.pop(number)
+        if tensor._version != version:
+            raise RuntimeError(changed(tensor, version, f"to recompute block {self.guard.name!r}", "a saved tensor"))
+        return tensor
 
-    def _run(self) -> None:
+    def is_exact(self, saved: Sequence[torch.Tensor]) -> bool:
+        """Whether running the block now gives what it saved in forward, bit for bit."""
+        is_same = []
+        try:
+            self._run(lambda number, tensor: is_same.append(same_bits(tensor, saved[number])))
+        except PlanDriftError:
+            return False
+        return all(is_same)
+
+    def _run(self, note: Callable[[int, torch.Tensor], None]) -> None:
         self.guard.check(self.noted)
+        check_numerics(self.guard.name, self.ambient.settings.numerics)
+        if self.fingerprint.token() != self.token:
+            raise PlanDriftError(
+                f"Block {self.guard.name!r} must be run again in backward, and a number, a hook or a module of it has changed "
+                "since its forward: what was dropped cannot be made again. Run backward before the change."
+            )
         if [_version(tensor) for tensor in self.invocation.tensors()] != self.versions:
             raise RuntimeError(
                 f"One of the variables needed to recompute block {self.guard.name!r} has been modified by an inplace "
@@ -81,11 +106,12 @@ class Rerun:
             if number in self.expected:
                 if self.expected[number] != (tensor.shape, tensor.dtype):
                     raise PlanDriftError(self._message(f"saved tensor {number} is {tensor.dtype} {list(tensor.shape)}"))
-                self.ready[number] = tensor.detach()
+                note(number, tensor.detach())
             if number + 1 == self.num_saved:
                 raise _EverythingSavedError
 
         with ExitStack() as stack:
+            stack.enter_context(only_modes(OBSERVERS, self.modes))
             for ledger in active_ledgers():
                 stack.enter_context(ledger.scope(RECOMPUTE, self.guard.name))
             stack.enter_context(self.ambient.restored())
@@ -96,6 +122,9 @@ class Rerun:
             except _EverythingSavedError:
                 return
         raise PlanDriftError(self._message(f"it saved {number + 1} tensors"))
+
+    def _make_ready(self, number: int, tensor: torch.Tensor) -> None:
+        self.ready[number] = tensor, tensor._version
 
     def _message(self, what: str) -> str:
         return (

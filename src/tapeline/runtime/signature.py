@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tapeline.compat import attention_kernels
 from tapeline.cost.device import accelerator_type
 from tapeline.runtime.fingerprint import slot_names
 from tapeline.tape.nested import FUNCTIONS, PLAIN
@@ -59,12 +60,7 @@ def surroundings() -> Surroundings:
         (torch.is_autocast_enabled(accelerator), torch.get_autocast_dtype(accelerator)),
         torch.is_autocast_cache_enabled(),
         torch.get_default_dtype(),
-        (
-            torch._C._get_flash_sdp_enabled(),
-            torch._C._get_mem_efficient_sdp_enabled(),
-            torch._C._get_math_sdp_enabled(),
-            torch._C._get_cudnn_sdp_enabled(),
-        ),
+        attention_kernels(),
         numerics(),
     )
 
@@ -79,6 +75,21 @@ def numerics() -> tuple[Any, ...]:
         torch._C._get_cublas_allow_bf16_reduced_precision_reduction(),
         torch._C._get_cublas_allow_fp16_reduced_precision_reduction(),
     )
+
+
+def check_numerics(block: str, before: tuple[Any, ...]) -> None:
+    """Compare with the settings of the forward.
+
+    Raises:
+        RuntimeError: if they have changed, so that recomputing would give another gradient.
+    """
+    now = numerics()
+    if before != now:
+        raise RuntimeError(
+            "A setting that decides how kernels compute was changed between forward and backward of block "
+            f"{block!r}: {before} then, {now} now (deterministic algorithms, matmul precision, TF32, "
+            "reduced precision). Recomputing would give another gradient. Change it before the forward."
+        )
 
 
 def _describe(value: Any, key: list[Any], tensors: list[torch.Tensor]) -> None:

@@ -12,6 +12,7 @@ from tapeline.runtime.ambient import Ambient
 from tapeline.runtime.finding import Prepared, find_sources
 from tapeline.runtime.frame import Frame, Late, keep
 from tapeline.runtime.replaying import replay
+from tapeline.runtime.rerun import Rerun
 from tapeline.tape.graph import ARGUMENT, Tape
 from tapeline.tape.nested import tensor_leaves
 from tapeline.tape.program import KEEP, Program
@@ -71,6 +72,20 @@ def settle(seam: BlockSeam, frame: Frame, places: list[Late], *, is_audit: bool 
         everything = {pack.value for pack in tape.packs}
         library.keep_instead(tape, everything, f"block {seam.name!r}: replays kept differing")
     return False
+
+
+def settle_rerun(rerun: Rerun | None, places: list[Late], *, verifies: bool) -> bool:
+    """Drop what running the whole block again gives; keep everything without a rerun, or if it gives something else.
+
+    Returns:
+        False if it gave something else.
+    """
+    saved = [place.packed[0] for place in places]
+    left = [rerun.drop(number, tensor) if rerun is not None else None for number, tensor in enumerate(saved)]
+    is_exact = rerun is None or not verifies or rerun.is_exact(saved)
+    for place, tensor, dropped in zip(places, saved, left, strict=True):
+        place.settle(dropped if dropped is not None and is_exact else keep(tensor))
+    return is_exact
 
 
 class _Check:

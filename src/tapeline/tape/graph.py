@@ -24,6 +24,7 @@ BUFFER = "buffer"
 ATTRIBUTE = "attribute"
 UNKNOWN = "unknown"
 OWN_GENERATOR = "it draws from a generator of its own"
+COLLECTIVE = "a collective"
 WRITES_SOURCE = "it writes into a buffer, a parameter or an argument"
 
 
@@ -169,8 +170,10 @@ class Pack:
     """Number of ops recorded before it."""
     nodes: int
     """Autograd nodes made since the call began, a witness of the op sequence."""
-    cached_casts: int
-    """How many of these nodes a filled autocast cache would leave out (positive) or has left out (negative)."""
+    made_casts: int
+    """How many of these nodes a filled autocast cache would leave out."""
+    found_casts: int
+    """How many more nodes there were with an empty autocast cache."""
 
 
 @dataclass(slots=True)
@@ -184,8 +187,12 @@ class Tape:
     """Tensors that the call returned, in order."""
     num_nodes: int = 0
     """Autograd nodes that the whole call makes."""
-    cached_casts: int = 0
+    made_casts: int = 0
     """As in `Pack`, for the whole call."""
+    found_casts: int = 0
+    """As in `Pack`, for the whole call."""
+    casts: list[Source] = field(default_factory=list)
+    """The parameters that autocast may find a copy of in its cache."""
     obstacle: str = ""
     """Why nothing on this tape may be replayed; empty if it may."""
     digest: str = ""
@@ -194,7 +201,7 @@ class Tape:
     @property
     def changes_state(self) -> bool:
         """Whether the call changes something that it was given: running it twice would change it twice."""
-        return any(op.obstacle in (WRITES_SOURCE, OWN_GENERATOR) for op in self.ops)
+        return any(op.obstacle in (WRITES_SOURCE, OWN_GENERATOR, COLLECTIVE) for op in self.ops)
 
     def seal(self) -> Tape:
         """Compute the digest once everything is recorded."""

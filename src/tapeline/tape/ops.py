@@ -13,6 +13,8 @@ from tapeline.cost.device import accelerator_type
 from tapeline.tape.graph import Op
 from tapeline.tape.nested import tensor_leaves
 
+COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional", "fsdp")
+"""Namespaces of ops that all ranks must run together, once."""
 CHANGES_STORAGE = {"resize_", "resize_as_", "set_"}
 """Ops that give a tensor another storage, or a storage another size."""
 
@@ -37,7 +39,10 @@ def is_plain_index(op: Op) -> bool:
 
 
 def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
-    """The tensors that an op writes into."""
+    """The tensors that an op writes into. Schemas of collectives do not say: any of their tensors may be."""
+    if func.namespace in COLLECTIVES and func._schema.name.endswith("_"):
+        yield from tensor_leaves((args, kwargs))
+        return
     schema = getattr(func, "_schema", None)
     if schema is None or not schema.is_mutable or torch.Tag.inplace_view in func.tags:
         return

@@ -114,8 +114,8 @@ def compile_recipe(tape: Tape, graph: BlockGraph, choice: BlockChoice) -> Recipe
         programs=tuple(programs),
         sources=tuple(sources),
         input_packs=input_packs,
-        least_nodes=tape.num_nodes - max(0, tape.cached_casts),
-        most_nodes=tape.num_nodes - min(0, tape.cached_casts),
+        least_nodes=tape.num_nodes - tape.made_casts,
+        most_nodes=tape.num_nodes + tape.found_casts,
     )
 
 
@@ -152,8 +152,8 @@ def _action(tape: Tape, index: int) -> PackAction:
         shape=torch.Size(pack.geometry.shape),
         stride=pack.geometry.stride,
         dtype=pack.geometry.dtype,
-        least_nodes=pack.nodes - max(0, pack.cached_casts),
-        most_nodes=pack.nodes - min(0, pack.cached_casts),
+        least_nodes=pack.nodes - pack.made_casts,
+        most_nodes=pack.nodes + pack.found_casts,
     )
 
 

@@ -6,6 +6,8 @@ It holds no tensor: recording a call needs no more memory than the call.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from tapeline.ledger import DEVICE_OF
 from tapeline.tape.graph import (
     ARGUMENT,
     BUFFER,
+    COLLECTIVE,
     OWN_GENERATOR,
     UNKNOWN,
     WRITES_SOURCE,
@@ -34,6 +37,7 @@ from tapeline.tape.graph import (
 from tapeline.tape.nested import PLAIN, leaves, tensor_leaves
 from tapeline.tape.ops import (
     CHANGES_STORAGE,
+    COLLECTIVES,
     cached_dtypes,
     is_about_shape,
     is_plain_index,
@@ -42,14 +46,13 @@ from tapeline.tape.ops import (
     written,
 )
 from tapeline.tape.sources import has_storage, module_sources
-from tapeline.tape.values import ValueTable
+from tapeline.tape.values import ValueTable, is_lazy
 from tapeline.tape.watch import CallWatch
 
 aten = torch.ops.aten
 _GIVEN = (torch.Tensor, type, *PLAIN)
 DRAWS_NUMBERS = "it draws from the generators of Python or NumPy"
 _READS_VALUES = {aten._local_scalar_dense.default, aten.equal.default}
-_COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional", "fsdp")
 _UNANNOTATED_WRITES = {"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"}  # they update running statistics
 _UNINITIALISED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted"}
 _OVERWRITES = {"copy_", "fill_", "zero_", "bernoulli_", "normal_", "uniform_", "random_", "exponential_"}
@@ -116,6 +119,7 @@ class Recorder(TorchDispatchMode):
 
     def __exit__(self, *exc: object) -> None:
         self._watch.stop()
+        self._region = None
         if number_generators() != self._numbers:
             self.refuse(DRAWS_NUMBERS)
         self.tape.num_nodes = _count_nodes() - self._first_node
@@ -135,10 +139,11 @@ class Recorder(TorchDispatchMode):
         elif value is None:
             value = self._value(tensor)
         self._must_be_seen(value)
-        if value.base.dtype != tensor.dtype:  # the real view of a complex tensor: it stays as it is
+        if value.base.dtype != tensor.dtype or is_lazy(tensor):  # the real view of a complex tensor: it stays as it is
             value = self.tape.values[self.table.use(tensor, value).value]
         nodes = _count_nodes() - self._first_node
-        self.tape.packs.append(Pack(value.index, Geometry.of(tensor), position, nodes, self.tape.cached_casts))
+        casts = self.tape.made_casts, self.tape.found_casts
+        self.tape.packs.append(Pack(value.index, Geometry.of(tensor), position, nodes, *casts))
         return len(self.tape.packs) - 1
 
     def finish(self, out: Any) -> Tape:
@@ -155,6 +160,15 @@ class Recorder(TorchDispatchMode):
 
     def made(self, value: Value, tensor: torch.Tensor) -> None:
         """Called for every value that an op outside Functions makes; does nothing here."""
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Record nothing for a while: the runtime itself, or a hook of somebody else, computes something."""
+        self.is_paused = True
+        try:
+            yield
+        finally:
+            self.is_paused = False
 
     def refuse(self, reason: str) -> None:
         """Nothing on this tape may be replayed; the first reason stays."""
@@ -193,7 +207,7 @@ class Recorder(TorchDispatchMode):
             op.is_random = is_random(func, args, kwargs)
             op.num_outputs = len(outputs)
             op.autocast = () if is_native(func) else autocast_of_caller()
-            op.moved_bytes = sum(t.nbytes for t in operands) + sum(t.nbytes for _, t in fresh)
+            op.moved_bytes = sum(t.nbytes for t in (*operands, *(t for _, t in fresh)) if t.layout == torch.strided)
             self._note(op, reads, wrote, fresh)
         return out
 
@@ -236,8 +250,8 @@ class Recorder(TorchDispatchMode):
     def _obstacle(self, op: Op, name: str, wrote: list[torch.Tensor]) -> str:
         if not hasattr(op.func, "_schema"):
             return "a higher-order operator"
-        if op.func.namespace in _COLLECTIVES:
-            return "a collective"
+        if op.func.namespace in COLLECTIVES:
+            return COLLECTIVE
         if torch.Tag.dynamic_output_shape in op.func.tags and not is_plain_index(op):
             self.refuse(f"shapes depend on the values of tensors ({op.func})")
         if name in _UNANNOTATED_WRITES or any(self.table.root(self._value(t)).source is not None for t in wrote):
@@ -340,8 +354,10 @@ class Recorder(TorchDispatchMode):
 
     def _note_cast(self, read: Value, made: Value) -> None:
         """Autocast may find this cast of a parameter in its cache the next time; then it makes no node."""
-        if read.requires_grad and read.source is not None and made.base.dtype in self.cached_dtypes:
-            self.tape.cached_casts += read.base.dtype == torch.float32
+        is_single = read.base.dtype == torch.float32 and made.base.dtype in self.cached_dtypes
+        if read.requires_grad and read.source is not None and is_single:
+            self.tape.made_casts += 1
+            self.tape.casts.append(read.source)
 
     def _cached_cast(self, tensor: torch.Tensor) -> Value | None:
         """A copy of a parameter that autocast has kept from an earlier call: as if it were cast here."""
@@ -357,7 +373,9 @@ class Recorder(TorchDispatchMode):
         self.tape.ops.append(op)
         made = self.table.add(tensor, producer=op.index)
         op.makes = (made.index,)
-        self.tape.cached_casts -= 1
+        self.tape.found_casts += 1
+        assert read.source is not None, "it is a parameter"
+        self.tape.casts.append(read.source)
         return made
 
 
@@ -377,5 +395,7 @@ def _see_inside(region: _Region, func: Any, args: Any, kwargs: Any, out: Any) ->
     region.is_random = region.is_random or is_random(func, args, kwargs)
     if func in _READS_VALUES:
         region.obstacle = "a Function that reads the values of tensors"
-    if getattr(func, "namespace", "") in _COLLECTIVES:
-        region.obstacle = "a Function with a collective inside"
+    if kwargs.get("generator") is not None:
+        region.obstacle = OWN_GENERATOR
+    if getattr(func, "namespace", "") in COLLECTIVES:
+        region.obstacle = COLLECTIVE

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 
+from tapeline.compat import is_out_of_memory
 from tapeline.tape.graph import Op
 from tapeline.tape.program import Program
 from tapeline.tape.straight import Check, Script
@@ -36,7 +37,7 @@ def run_program(
         check: called with the number and the tensor of each slot, which is freed after that; nothing is returned then.
 
     Raises:
-        ReplayFailedError: if an op raises.
+        ReplayFailedError: if an op raises; running out of memory comes out as it is.
     """
     script = program.script if check is None else program.checked()
     used = [sources[number] for number in program.sources]
@@ -44,6 +45,8 @@ def run_program(
         with torch._C.DisableTorchFunction(), torch._C._DisableAutocast(), torch.no_grad():
             return script.function(used, roots, check)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise ReplayFailedError(_failed_op(script, error)) from error
 
 
@@ -57,11 +60,16 @@ def _failed_op(script: Script, error: Exception) -> Op | None:
 
 
 @contextmanager
-def only_modes(observers: tuple[type, ...]) -> Iterator[None]:
-    """Of the dispatch modes in force only those that observe and change nothing."""
+def only_modes(observers: tuple[type, ...], others: Sequence[TorchDispatchMode] = ()) -> Iterator[None]:
+    """Of the dispatch modes in force only those that observe and change nothing; and `others` inside them."""
     kept = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, observers)]
-    with _disable_current_modes(), _entered(kept):
+    with _disable_current_modes(), _entered([*kept, *others]):
         yield
+
+
+def other_modes(observers: tuple[type, ...]) -> list[TorchDispatchMode]:
+    """The dispatch modes in force that may change something."""
+    return [mode for mode in _get_current_dispatch_mode_stack() if not isinstance(mode, observers)]
 
 
 @contextmanager

@@ -78,9 +78,9 @@ class ValueTable:
     def use(self, tensor: torch.Tensor, value: Value) -> Use:
         """`tensor` as an operand, given the content of its storage."""
         geometry = Geometry.of(tensor)
-        if geometry == value.base:
+        if geometry == value.base and not is_lazy(tensor):
             return Use(value.index)
-        if value.is_wrapper or geometry.dtype != value.base.dtype or tensor.is_conj() or tensor.is_neg():
+        if value.is_wrapper or geometry.dtype != value.base.dtype or is_lazy(tensor):
             unseen = self._append(value.storage, 0, geometry, source=Source(UNKNOWN, name="a view in another dtype"))
             return Use(unseen.index)
         return Use(value.index, geometry)
@@ -95,6 +95,11 @@ class ValueTable:
         value = Value(len(self.tape.values), storage, num_bytes, base, **facts)
         self.tape.values.append(value)
         return value
+
+
+def is_lazy(tensor: torch.Tensor) -> bool:
+    """Whether a conjugate or a negative is still to be computed when the memory is read."""
+    return tensor.is_conj() or tensor.is_neg()
 
 
 def _forget(table: weakref.ref[ValueTable], key: int) -> None:

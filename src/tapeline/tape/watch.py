@@ -37,7 +37,10 @@ class CallWatch:
         on_return: Callable[[Any], None],
         on_read: Callable[[str], None],
     ) -> None:
-        self.names, self.on_apply, self.on_return, self.on_read = names, on_apply, on_return, on_read
+        self.names = names
+        self.on_apply: Callable[[type, tuple[Any, ...]], None] = on_apply
+        self.on_return: Callable[[Any], None] = on_return
+        self.on_read: Callable[[str], None] = on_read
         self.modules: list[str] = [""]
         """Names of the modules that run, outermost first."""
         self.depth = 0
@@ -58,6 +61,7 @@ class CallWatch:
         """Leave everything as it was."""
         if sys.getprofile() == self._notice:
             sys.setprofile(self._before)
+        self.on_apply = self.on_return = self.on_read = _ignore  # what they belong to holds this watch
 
     def _notice(self, frame: FrameType, event: str, value: Any) -> None:
         if self.is_inside_op:
@@ -90,3 +94,7 @@ class CallWatch:
     def _notice_read(self, function: Any) -> None:
         if function.__name__ in _READS and isinstance(getattr(function, "__self__", None), torch.Tensor):
             self.on_read(function.__name__)
+
+
+def _ignore(*_: Any) -> None:
+    """Nobody listens any more."""

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from tapeline.compat import is_out_of_memory
 from tapeline.errors import OutOfMemoryError, UsageError
 from tapeline.integrations.transformers import StepMeasurer
 from tapeline.planner.schema import Plan
@@ -154,7 +155,7 @@ def memory_errors(what: str) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        is_failure = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+        is_failure = is_out_of_memory(error)
         if not is_failure:
             raise
         first_line = str(error).strip().partition("\n")[0]
