@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from tapeline.compat import CHECKPOINT_DEFAULTS
+from tapeline.compat import CHECKPOINT_DEFAULTS, foreign_hooks
 from tapeline.errors import UsageError
+from tapeline.runtime.guard import changed
 
 _PLACE = object()
 _OPTIONS = ("context_fn", "determinism_check", "debug", "early_stop", "preserve_rng_state", *CHECKPOINT_DEFAULTS)
@@ -76,7 +79,7 @@ class _Call:
     """
 
     def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.function = function
+        self.function, self.has_run = function, False
         self.tensors: list[torch.Tensor] = []
         self.unsaved: list[tuple[torch.Tensor, int]] = []
         self.args = [self._take(value) for value in args]
@@ -92,7 +95,11 @@ class _Call:
         places = iter(tensors)
         args = [_put(value, places) for value in self.args]
         kwargs = {name: _put(value, places) for name, value in self.kwargs.items()}
-        return self.function(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self.function(*args, **kwargs)
+        is_recompute, self.has_run = self.has_run, True
+        with _written_is_an_error() if is_recompute else nullcontext():
+            return self.function(*args, **kwargs)
 
     def _take(self, value: Any) -> Any:
         """Replace tensors, also those in tuples, by a place to put them back."""
@@ -107,6 +114,30 @@ class _Call:
             leaves = (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
             self.unsaved += [(leaf, leaf._version) for leaf in leaves if not leaf.is_inference()]
         return value
+
+
+@contextmanager
+def _written_is_an_error() -> Iterator[None]:
+    """Raise if what is saved inside is written before the end: torch would hand the new content to backward."""
+    hooks, _ = foreign_hooks()
+    if hooks is None:
+        yield
+        return
+    saved: list[tuple[torch.Tensor, int]] = []
+
+    def pack(tensor: torch.Tensor) -> Any:
+        if not tensor.is_inference():
+            saved.append((tensor.detach(), tensor._version))
+        return hooks[0](tensor)
+
+    pack.__module__ = hooks[0].__module__
+    try:
+        with saved_tensors_hooks(pack, hooks[1]):
+            yield
+    finally:
+        for tensor, version in saved:
+            if tensor._version != version:
+                raise RuntimeError(changed(tensor, version, "for gradient computation"))
 
 
 class _Tuple:

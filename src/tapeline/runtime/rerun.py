@@ -91,7 +91,7 @@ class Rerun:
         if self.fingerprint.token() != self.token:
             raise PlanDriftError(
                 f"Block {self.guard.name!r} must be run again in backward, and a number, a hook or a module of it has changed "
-                "since its forward: what was dropped cannot be made again. Run backward before the change."
+                "between forward and backward: what was dropped cannot be made again. Run backward before the change."
             )
         if [_version(tensor) for tensor in self.invocation.tensors()] != self.versions:
             raise RuntimeError(

@@ -95,6 +95,8 @@ def plan(
     if on_infeasible not in ("error", "warn"):
         raise UsageError(f"on_infeasible must be 'error' or 'warn', got {on_infeasible!r}.")
     wanted = parse_budget(budget) or (Budget(auto=True) if name == "auto" else None)
+    if margin is not None and wanted is None:
+        raise UsageError(f"margin={margin!r} has no budget to stay below: mode {name!r} was given none.")
     names = _block_names(model, blocks, name)
     rules = Rules(_names("keep", keep), _names("drop", drop))
     step = FakeStep(
