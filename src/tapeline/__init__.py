@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tapeline.api import Report, Session, apply, checkpoint, explain, fit, plan
+    from tapeline.api import Report, Session, apply, checkpoint, diagnose, explain, fit, plan
     from tapeline.errors import (
         InfeasibleBudgetError,
         TapelineError,
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from tapeline.ledger import Ledger
+    from tapeline.planner.diagnosis import Diagnosis
     from tapeline.planner.explanation import Explanation
     from tapeline.planner.schema import Plan
 
@@ -24,9 +25,11 @@ _HOMES = {
     "Session": "tapeline.api",
     "apply": "tapeline.api",
     "checkpoint": "tapeline.api",
+    "diagnose": "tapeline.api",
     "explain": "tapeline.api",
     "fit": "tapeline.api",
     "plan": "tapeline.api",
+    "Diagnosis": "tapeline.planner.diagnosis",
     "Explanation": "tapeline.planner.explanation",
     "Plan": "tapeline.planner.schema",
     "Ledger": "tapeline.ledger",
@@ -37,6 +40,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Diagnosis",
     "Explanation",
     "InfeasibleBudgetError",
     "Ledger",
@@ -49,6 +53,7 @@ __all__ = [
     "__version__",
     "apply",
     "checkpoint",
+    "diagnose",
     "explain",
     "fit",
     "plan",

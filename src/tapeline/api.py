@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from tapeline.runtime.checkpoint import checkpoint
+from tapeline.runtime.doctor import diagnose
 from tapeline.runtime.explain import explain
 from tapeline.runtime.search import plan
 from tapeline.runtime.session import Report, Session, apply
 from tapeline.units import Budget
 
-__all__ = ["Report", "Session", "apply", "checkpoint", "explain", "fit", "plan"]
+__all__ = ["Report", "Session", "apply", "checkpoint", "diagnose", "explain", "fit", "plan"]
 
 
 def fit(

@@ -7,6 +7,7 @@ import sys
 import typer
 
 from tapeline import __version__
+from tapeline.cli.doctor import doctor
 from tapeline.cli.explain import explain
 from tapeline.cli.train import train
 from tapeline.errors import TapelineError
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 app.command(name="train", no_args_is_help=False)(train)
 app.command(name="explain", no_args_is_help=False)(explain)
+app.command(name="doctor", no_args_is_help=False)(doctor)
 
 
 def _print_version(is_asked: bool) -> None:

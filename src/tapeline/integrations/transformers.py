@@ -11,8 +11,26 @@ from typing import Any
 import torch
 from torch import nn
 
+from tapeline.cost.device import available_bytes
 from tapeline.errors import UnsupportedModelError, UsageError
 from tapeline.runtime.session import Session
+from tapeline.units import format_bytes
+
+_LAYER_COUNTS = (
+    "num_hidden_layers",
+    "num_layers",
+    "n_layer",
+    "n_layers",
+    "encoder_layers",
+    "decoder_layers",
+    "num_encoder_layers",
+    "num_decoder_layers",
+    "depth",
+)
+_LAYER_SHARES = ("num_kv_shared_layers", "first_k_dense_replace", "max_window_layers")
+"""Counts of the first or last layers that are special; they shrink with the model."""
+_MAX_KINDS = 4
+"""A list with more different values is taken for sizes or numbers of layers, not for kinds."""
 
 
 def load_model(name: str, *, dtype: str = "auto", load_in_4bit: bool = False) -> nn.Module:
@@ -70,6 +88,67 @@ def model_without_weights(directory: str, *, dtype: str = "auto") -> nn.Module:
     model.to_empty(device="cpu")
     model.tie_weights()  # leaving the meta device has made each use of a shared weight a parameter of its own
     return model
+
+
+def cut_model(name: str, layers: int, dtype: str = "auto") -> nn.Module:
+    """Build a model with random weights and few layers from a configuration, small enough to try it.
+
+    Every count of layers in the configuration, and in those inside it (text, vision), becomes `layers`, and every list with
+    one entry per layer is cut to match. Each kind of layer that such lists tell apart keeps its first layer, and these
+    come first; the earliest others fill up. So there are more than `layers` layers if there are more kinds. Kinds that
+    follow from a rule instead of a list (every eighth layer) are there only if that many layers are kept.
+
+    Args:
+        name: directory or hub name; only the configuration is read.
+        layers: how many layers are kept; 0 keeps all.
+        dtype: ``auto`` (as the configuration says), ``float32``, ``bfloat16`` or ``float16``.
+
+    Raises:
+        UsageError: if there is no configuration, no model can be built from it, or it does not fit.
+        UnsupportedModelError: if it is a model of a class that takes other batches than tokens with labels.
+    """
+    from transformers import AutoConfig
+
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(_not_loaded("model", name, error)) from error
+    wanted = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    if layers:
+        _cut(config, layers)
+    auto = _auto_class(config)
+    try:
+        with quiet_transformers():
+            with torch.device("meta"):
+                _check_size(auto.from_config(config, dtype=wanted), name, layers)
+            model: Any = auto.from_config(config, dtype=wanted)
+    except UsageError:
+        raise
+    except Exception as error:
+        cut = f" cut to {layers} layers; --layers 0 leaves it whole" if layers else ""
+        raise UsageError(f"Cannot build {name!r}{cut}: {type(error).__name__}: {_first_line(error)}") from error
+    accelerator = torch.accelerator.current_accelerator()
+    return model if accelerator is None else model.to(accelerator)
+
+
+def random_tokens(model: nn.Module, batch_size: int, length: int) -> dict[str, torch.Tensor]:
+    """A batch of random tokens without padding; labels are the tokens themselves.
+
+    Tokens come from the lower half of the vocabulary: the last ones may stand for images.
+
+    Args:
+        model: a model of transformers.
+        batch_size: number of sequences.
+        length: tokens per sequence.
+    """
+    config: Any = model.config
+    num_tokens = config.get_text_config().vocab_size
+    device = next(model.parameters()).device
+    ids = torch.randint(min(3, num_tokens - 1), max(num_tokens // 2, min(4, num_tokens)), (batch_size, length)).to(
+        device
+    )
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
 
 def load_tokenizer(name: str) -> Any:
@@ -215,3 +294,66 @@ def _not_loaded(what: str, name: str, error: Exception) -> str:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _cut(config: Any, layers: int) -> None:
+    """Reduce the counts of layers in a configuration and in those inside it."""
+    for inner in vars(config).values():
+        if hasattr(inner, "to_dict"):
+            _cut(inner, layers)
+    counts = {key: value for key in _LAYER_COUNTS if type(value := vars(config).get(key)) is int and value > 0}
+    for length in {value for value in counts.values() if value > layers}:
+        parts = {k: v for k, v in vars(config).items() if isinstance(v, list | tuple) and len(v) == length}
+        chosen = _chosen_layers(list(parts.values()), length, layers)
+        for key, value in parts.items():
+            setattr(config, key, type(value)(value[index] for index in chosen))
+        for key in (key for key, value in counts.items() if value == length):
+            setattr(config, key, len(chosen))
+        for key in _LAYER_SHARES:
+            if type(value := getattr(config, key, None)) is int and value > 0:
+                setattr(config, key, max(1, min(len(chosen) - 1, value * len(chosen) // length)))
+
+
+def _chosen_layers(lists: list[Any], length: int, layers: int) -> list[int]:
+    """The layers that are kept: the first of every kind, then the earliest others."""
+    telling = [values for values in lists if len(set(map(repr, values))) <= _MAX_KINDS]
+    kinds: dict[str, int] = {}
+    for index in range(length):
+        kinds.setdefault(repr([values[index] for values in telling]), index)
+    first = list(kinds.values())
+    others = [index for index in range(length) if index not in first]
+    return first + others[: max(0, layers - len(first))]
+
+
+def _auto_class(config: Any) -> Any:
+    """The class of transformers that makes the model that a configuration was saved with."""
+    import transformers
+
+    name = (config.architectures or ["?ForCausalLM"])[0]
+    kinds = {
+        "ForCausalLM": transformers.AutoModelForCausalLM,
+        "LMHeadModel": transformers.AutoModelForCausalLM,
+        "ForMaskedLM": transformers.AutoModelForMaskedLM,
+        "ForConditionalGeneration": transformers.AutoModelForSeq2SeqLM
+        if config.is_encoder_decoder
+        else transformers.AutoModelForImageTextToText,
+    }
+    found = next((auto for ending, auto in kinds.items() if name.endswith(ending)), None)
+    if found is None or type(config) not in found._model_mapping:
+        raise UnsupportedModelError(
+            f"No batch can be made for {name} ({type(config).__name__}): only for causal and masked language models, and for "
+            "sequence to sequence. Call tapeline.diagnose(model, batch) with a batch of your own."
+        )
+    return found
+
+
+def _check_size(model: nn.Module, name: str, layers: int) -> None:
+    """Refuse what would fill the memory."""
+    num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    free = available_bytes(torch.accelerator.current_accelerator() or torch.device("cpu"))
+    if 2 * num_bytes > free / 2:
+        fewer = f"--layers {layers // 2}" if layers > 1 else "--layers 4" if not layers else "a smaller model"
+        raise UsageError(
+            f"Does not fit: {name!r} with {layers or 'all'} layers needs {format_bytes(2 * num_bytes)} for weights and "
+            f"gradients, more than half of the {format_bytes(free)} that are free. Use {fewer}, or --dtype bfloat16."
+        )

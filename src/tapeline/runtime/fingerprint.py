@@ -8,9 +8,10 @@ fast device; they are read in bulk, one C call per module, from places that were
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import compress
 from operator import attrgetter, itemgetter
-from types import MappingProxyType
+from types import FunctionType, MappingProxyType
 from typing import Any
 
 import torch
@@ -83,12 +84,12 @@ class Fingerprint:
         parts = [*map(id, self.module.modules())]
         self.num_rebuilt += parts != self._parts
         self._parts = parts
-        numbers, _, sizes, sets, hooks, grads, _ = self._last
+        numbers, _, sizes, sets, _, grads, _ = self._last
         state = (
-            numbers,
+            [_by_content(values) for values in numbers],
             sizes,
             sets,
-            hooks,
+            [[_by_content(hook) for hook in hooks.values()] for hooks in self._hooks if hooks],
             grads,
             self._names,
             [_layout(table[name]) for table, name in self._tensors],
@@ -231,6 +232,18 @@ def _reader(table: Any, names: list[Any], *, always_tuple: bool = False) -> Read
 def _is_plain(value: Any) -> bool:
     """Compared by value, or, as functions are, by identity."""
     return isinstance(value, _COMPARED)
+
+
+def _by_content(value: Any) -> Any:
+    """Functions that are alike made equal: one that is defined anew at every call, or a partial of the same."""
+    if isinstance(value, tuple):
+        return tuple(map(_by_content, value))
+    if isinstance(value, FunctionType) and not value.__closure__:
+        if all(isinstance(default, PLAIN) for default in (value.__defaults__ or ())) and not value.__kwdefaults__:
+            return value.__code__, id(value.__globals__), value.__defaults__
+    elif isinstance(value, partial) and all(isinstance(arg, PLAIN) for arg in (*value.args, *value.keywords.values())):
+        return partial, _by_content(value.func), value.args, tuple(sorted(value.keywords.items()))
+    return value
 
 
 def _has_pointer(parameter: torch.Tensor) -> bool:

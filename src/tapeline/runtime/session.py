@@ -229,7 +229,9 @@ class Session:
         notes += [f"block {name!r}: {reason}" for name, seam in self._seams.items() for reason in seam.reasons]
         compiled = [name for name, seam in self._seams.items() if seam.module._compiled_call_impl is not None]
         if compiled:
-            notes.append(f"compiled by torch.compile, and left alone: {', '.join(compiled[:3])} ({len(compiled)} in all)")
+            notes.append(
+                f"compiled by torch.compile, and left alone: {', '.join(compiled[:3])} ({len(compiled)} in all)"
+            )
         total = sum(seam.num_calls for seam in self._seams.values())
         idle = [name for name, seam in self._seams.items() if seam.num_calls == 0]
         if idle and total:

@@ -1,0 +1,91 @@
+"""`tapeline doctor`: try a model on this machine, and say what each mode does with it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tapeline.errors import TapelineError, UnsupportedModelError, UsageError, did_you_mean
+from tapeline.train.config import DEMO, DTYPES
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tapeline.planner.diagnosis import Diagnosis
+
+_LORA_ALPHA = 16
+_EXIT_CODES = {"exact on the tape": 0, "exact by fall-back": 0, "wrong": 1}
+_MODES = ("cheap", "recompute", "least", "segments")
+
+
+def doctor(
+    model: Annotated[
+        str, typer.Option("--model", help="Local directory or hub name; its config.json is enough.")
+    ] = DEMO,
+    batch_size: Annotated[int, typer.Option("--batch_size", help="Sequences in the batch.", min=1)] = 2,
+    max_length: Annotated[int, typer.Option("--max_length", help="Tokens per sequence.", min=2)] = 64,
+    dtype: Annotated[str, typer.Option("--dtype", help=" | ".join(DTYPES) + ".")] = "auto",
+    lora_r: Annotated[int, typer.Option("--lora_r", help="Rank of LoRA adapters; 0 trains all weights.", min=0)] = 0,
+    layers: Annotated[int, typer.Option("--layers", help="Layers that are kept; 0 keeps all.", min=0)] = 4,
+    mode: Annotated[
+        list[str] | None, typer.Option("--mode", help=" | ".join(_MODES) + " | segments:k; may be repeated.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Try a model for real: is every gradient exact, which blocks are on the tape, what does each mode cost?
+
+    The model has random weights and few layers. Without --model: the demo model of `tapeline train`.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"Unknown dtype {dtype!r}{did_you_mean(dtype, DTYPES)}: use {', '.join(DTYPES)}.")
+    from tapeline.cli.train import _quiet_libraries
+
+    _quiet_libraries()
+    if sys.stderr.isatty():
+        logging.getLogger("tapeline.runtime.doctor").setLevel(logging.INFO)
+    built, batch = _model_and_batch(model, layers, dtype, (batch_size, max_length))
+    diagnosis = _diagnosed(_adapted(built, lora_r), batch, mode or _MODES)
+    sys.stdout.write((diagnosis.to_json() if as_json else str(diagnosis)) + "\n")
+    raise typer.Exit(_EXIT_CODES.get(diagnosis.verdict, UnsupportedModelError.exit_code))
+
+
+def _model_and_batch(name: str, layers: int, dtype: str, shape: tuple[int, int]) -> tuple[nn.Module, dict[str, Any]]:
+    import torch
+
+    from tapeline.cli.explain import _demo
+    from tapeline.integrations.transformers import cut_model, random_tokens
+
+    torch.manual_seed(0)
+    model = _demo(dtype) if name == DEMO else cut_model(name, layers, dtype)
+    return model, random_tokens(model, *shape)
+
+
+def _adapted(model: nn.Module, lora_r: int) -> nn.Module:
+    """With adapters as they are after some steps: fresh ones multiply by zero, and hide what is wrong before them."""
+    from torch.nn.init import normal_
+
+    from tapeline.integrations.peft import add_lora
+
+    if lora_r:
+        model = add_lora(model, r=lora_r, alpha=_LORA_ALPHA, dropout=0.0, target_modules="all-linear")
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                normal_(parameter, std=0.02)
+    return model
+
+
+def _diagnosed(model: nn.Module, batch: dict[str, Any], modes: Any) -> Diagnosis:
+    from tapeline.api import diagnose
+
+    try:
+        return diagnose(model, batch, modes=modes)
+    except TapelineError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"An untouched step of {type(model).__name__} on random tokens fails already: {type(error).__name__}: {error} "
+            "Call tapeline.diagnose(model, batch) with a model and a batch of your own."
+        ) from error
