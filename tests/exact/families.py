@@ -3,67 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from tests.models import Encoder, UNet
 
 VOCABULARY = 96
 SPECIAL: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
 }
 DECODER: dict[str, Any] = SPECIAL | SIZES | {"num_key_value_heads": 2}
-VISION: dict[str, Any] = SIZES | {"num_hidden_layers": 3, "image_size": 32, "patch_size": 8}
+VISION: dict[str, Any] = SIZES | {"image_size": 32, "patch_size": 8}
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-IMAGE_TOKEN = VOCABULARY - 1
-NUM_PATCHES = 16
-
-Made = tuple[nn.Module, dict[str, Any]]
-
-
-def token_ids(batch_size: int = 2, length: int = 24, *, has_labels: bool = True) -> dict[str, Any]:
-    ids = torch.randint(3, VOCABULARY - 4, (batch_size, length))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | ({"labels": ids.clone()} if has_labels else {})
-
-
-def decoder(model_type: str, **settings: Any) -> Callable[[], Made]:
-    def make() -> Made:
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        config = AutoConfig.for_model(model_type, **DECODER | settings)
-        return AutoModelForCausalLM.from_config(config), token_ids()
-
-    return make
-
-
-def mpt() -> Made:
-    from transformers import MptConfig, MptForCausalLM
-
-    return MptForCausalLM(MptConfig(d_model=64, n_layers=4, n_heads=4, **SPECIAL)), token_ids()
-
-
-def encoder(model_type: str, **settings: Any) -> Callable[[], Made]:
-    def make() -> Made:
-        from transformers import AutoConfig, AutoModelForMaskedLM
-
-        config = AutoConfig.for_model(model_type, **SPECIAL | SIZES | settings)
-        return AutoModelForMaskedLM.from_config(config), token_ids()
-
-    return make
-
-
-def t5() -> Made:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    config = T5Config(d_model=64, d_ff=96, d_kv=16, num_layers=3, num_heads=4, decoder_start_token_id=0, **SPECIAL)
-    return T5ForConditionalGeneration(config), token_ids()
-
-
-_ENCODER_DECODER: dict[str, Any] = {
+ENCODER_DECODER: dict[str, Any] = {
     "d_model": 64,
     "encoder_layers": 3,
     "decoder_layers": 3,
@@ -72,20 +31,75 @@ _ENCODER_DECODER: dict[str, Any] = {
     "encoder_ffn_dim": 96,
     "decoder_ffn_dim": 96,
 }
+IMAGE_TOKEN = VOCABULARY - 1
+NUM_PATCHES = 16
+
+Batch = dict[str, Any]
 
 
-def bart() -> Made:
+@dataclass(frozen=True)
+class Family:
+    """How to make a model, and a batch for it from the number of sequences and their length.
+
+    `lacks` names axes, or single values as ``"base=torchao int8"``, that the family does not have: it has no attention, or the
+    libraries themselves do not support the combination.
+    """
+
+    model: Callable[[], nn.Module]
+    batch: Callable[[int, int], Batch]
+    lacks: tuple[str, ...] = ("experts",)
+    lengths: tuple[int, int] = (24, 6)
+    """Above and below the sliding window of 8, where there is one."""
+
+
+def token_ids(batch_size: int, length: int, *, has_labels: bool = True) -> Batch:
+    ids = torch.randint(3, VOCABULARY - 4, (batch_size, length))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | ({"labels": ids.clone()} if has_labels else {})
+
+
+def decoder(model_type: str, *lacks: str, **settings: Any) -> Family:
+    def model() -> nn.Module:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **DECODER | settings))
+
+    return Family(model, token_ids, lacks if any("expert" in name for name in settings) else ("experts", *lacks))
+
+
+def mpt() -> nn.Module:
+    from transformers import MptConfig, MptForCausalLM
+
+    return MptForCausalLM(MptConfig(d_model=64, n_layers=3, n_heads=4, **SPECIAL))
+
+
+def encoder(model_type: str, *lacks: str, **settings: Any) -> Family:
+    def model() -> nn.Module:
+        from transformers import AutoConfig, AutoModelForMaskedLM
+
+        return AutoModelForMaskedLM.from_config(AutoConfig.for_model(model_type, **SPECIAL | SIZES | settings))
+
+    return Family(model, token_ids, ("experts", "trained=prefix", *lacks))
+
+
+def t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(d_model=64, d_ff=96, d_kv=16, num_layers=3, num_heads=4, decoder_start_token_id=0, **SPECIAL)
+    return T5ForConditionalGeneration(config)
+
+
+def bart() -> nn.Module:
     from transformers import BartConfig, BartForConditionalGeneration
 
-    config = BartConfig(**_ENCODER_DECODER, **SPECIAL, decoder_start_token_id=0, max_position_embeddings=64)
-    return BartForConditionalGeneration(config), token_ids()
+    config = BartConfig(**ENCODER_DECODER, **SPECIAL, decoder_start_token_id=0, max_position_embeddings=64)
+    return BartForConditionalGeneration(config)
 
 
-def whisper() -> Made:
+def whisper() -> nn.Module:
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
     config = WhisperConfig(
-        **_ENCODER_DECODER,
+        **ENCODER_DECODER,
         **SPECIAL,
         decoder_start_token_id=1,
         num_mel_bins=8,
@@ -94,11 +108,15 @@ def whisper() -> Made:
         suppress_tokens=None,
         begin_suppress_tokens=None,
     )
-    labels = torch.randint(3, VOCABULARY, (2, 10))
-    return WhisperForConditionalGeneration(config), {"input_features": torch.randn(2, 8, 48), "labels": labels}
+    return WhisperForConditionalGeneration(config)
 
 
-def wav2vec2() -> Made:
+def speech(batch_size: int, length: int) -> Batch:
+    labels = torch.randint(3, VOCABULARY, (batch_size, length))
+    return {"input_features": torch.randn(batch_size, 8, 48), "labels": labels}
+
+
+def wav2vec2() -> nn.Module:
     from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 
     config = Wav2Vec2Config(
@@ -113,39 +131,47 @@ def wav2vec2() -> Made:
         mask_time_prob=0.0,
         classifier_proj_size=16,
     )
-    batch = {"input_values": torch.randn(2, 400), "labels": torch.tensor([0, 1])}
-    return Wav2Vec2ForSequenceClassification(config), batch
+    return Wav2Vec2ForSequenceClassification(config)
 
 
-def image_classifier(model_type: str) -> Callable[[], Made]:
-    def make() -> Made:
+def waves(batch_size: int, length: int) -> Batch:
+    return {"input_values": torch.randn(batch_size, 16 * length), "labels": torch.arange(batch_size) % 2}
+
+
+def image_classifier(model_type: str) -> Family:
+    def model() -> nn.Module:
         from transformers import AutoConfig, AutoModelForImageClassification
 
-        config = AutoConfig.for_model(model_type, **VISION)
-        batch = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 1])}
-        return AutoModelForImageClassification.from_config(config), batch
+        return AutoModelForImageClassification.from_config(AutoConfig.for_model(model_type, **VISION))
 
-    return make
+    def batch(batch_size: int, length: int) -> Batch:
+        return {"pixel_values": torch.randn(batch_size, 3, 32, 32), "labels": torch.arange(batch_size) % 2}
+
+    return Family(model, batch, ("experts", "length", "mask", "trained=prefix", "trained=embeddings"))
 
 
-def two_towers(name: str) -> Callable[[], Made]:
-    def make() -> Made:
+def two_towers(name: str) -> Family:
+    def model() -> nn.Module:
         import transformers
 
         text = SPECIAL | SIZES | {"max_position_embeddings": 24, "projection_dim": 32}
         config = getattr(transformers, f"{name}Config")(text_config=text, vision_config=VISION | {"projection_dim": 32})
-        batch = token_ids(has_labels=False) | {"pixel_values": torch.randn(2, 3, 32, 32), "return_loss": True}
-        return getattr(transformers, f"{name}Model")(config), batch
+        return getattr(transformers, f"{name}Model")(config)
 
-    return make
+    def batch(batch_size: int, length: int) -> Batch:
+        images = {"pixel_values": torch.randn(batch_size, 3, 32, 32), "return_loss": True}
+        return token_ids(batch_size, length, has_labels=False) | images
+
+    return Family(model, batch, ("experts", "trained=prefix"))
 
 
-def _with_image(batch: dict[str, Any]) -> dict[str, Any]:
+def with_images(batch_size: int, length: int) -> Batch:
+    batch = token_ids(batch_size, length)
     batch["input_ids"][:, :NUM_PATCHES] = IMAGE_TOKEN
-    return batch | {"pixel_values": torch.randn(2, 3, 32, 32)}
+    return batch | {"pixel_values": torch.randn(batch_size, 3, 32, 32)}
 
 
-def llava() -> Made:
+def llava() -> nn.Module:
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     config = LlavaConfig(
@@ -154,10 +180,10 @@ def llava() -> Made:
         image_token_index=IMAGE_TOKEN,
         image_seq_length=NUM_PATCHES,
     )
-    return LlavaForConditionalGeneration(config), _with_image(token_ids(length=30))
+    return LlavaForConditionalGeneration(config)
 
 
-def paligemma() -> Made:
+def paligemma() -> nn.Module:
     from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
     config = PaliGemmaConfig(
@@ -167,11 +193,15 @@ def paligemma() -> Made:
         projection_dim=64,
         hidden_size=64,
     )
-    batch = _with_image(token_ids(length=30))
-    return PaliGemmaForConditionalGeneration(config), batch | {"token_type_ids": torch.zeros_like(batch["input_ids"])}
+    return PaliGemmaForConditionalGeneration(config)
 
 
-def qwen2_5_vl() -> Made:
+def prefixes(batch_size: int, length: int) -> Batch:
+    batch = with_images(batch_size, length)
+    return batch | {"token_type_ids": torch.zeros_like(batch["input_ids"])}
+
+
+def qwen2_5_vl() -> nn.Module:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
@@ -195,21 +225,51 @@ def qwen2_5_vl() -> Made:
         vision_end_token_id=VOCABULARY - 3,
         video_token_id=VOCABULARY - 4,
     )
-    batch = token_ids(1, 30)
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def image_grids(batch_size: int, length: int) -> Batch:
+    batch = token_ids(batch_size, length)
     batch["input_ids"][:, 0], batch["input_ids"][:, 1 : 1 + NUM_PATCHES] = VOCABULARY - 2, IMAGE_TOKEN
     batch["mm_token_type_ids"] = (batch["input_ids"] == IMAGE_TOKEN).long()
-    image = {"pixel_values": torch.randn(64, 3 * 4 * 4), "image_grid_thw": torch.tensor([[1, 8, 8]])}
-    return Qwen2_5_VLForConditionalGeneration(config), batch | image
+    grids = torch.tensor([[1, 8, 8]] * batch_size)
+    return batch | {"pixel_values": torch.randn(64 * batch_size, 3 * 4 * 4), "image_grid_thw": grids}
 
 
-FAMILIES: dict[str, Callable[[], Made]] = {
+class Scored(nn.Module):
+    """A model that returns a loss alone, called as those of transformers are."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return type("Output", (), {"loss": self.model(x)})()
+
+
+PLAIN_TORCH = (
+    "experts",
+    "mask",
+    "attention",
+    "base",
+    *(f"trained={name}" for name in ("lora", "rslora", "dora", "ia3")),
+)
+PLAIN_TORCH += ("trained=modules_to_save", "trained=prefix", "trained=embeddings")
+
+ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
+NO_SDPA = ("attention=sdpa", "attention=sdpa math")
+
+FAMILIES: dict[str, Family] = {
     "llama": decoder("llama"),
     "mistral": decoder("mistral", sliding_window=8),
-    "qwen2": decoder("qwen2"),
+    "qwen2": decoder("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=2),
     "qwen3": decoder("qwen3", head_dim=16),
     "qwen3_moe": decoder("qwen3_moe", head_dim=16, **EXPERTS),
     "qwen3_next": decoder(
         "qwen3_next",
+        "trained=dora",
+        "trained=prefix",
+        num_hidden_layers=4,
         head_dim=16,
         shared_expert_intermediate_size=32,
         linear_num_value_heads=4,
@@ -221,6 +281,8 @@ FAMILIES: dict[str, Callable[[], Made]] = {
     "mixtral": decoder("mixtral", num_local_experts=4),
     "deepseek_v3": decoder(
         "deepseek_v3",
+        "trained=dora",
+        "trained=prefix",
         num_key_value_heads=4,
         moe_intermediate_size=32,
         n_routed_experts=4,
@@ -234,39 +296,45 @@ FAMILIES: dict[str, Callable[[], Made]] = {
         v_head_dim=16,
         first_k_dense_replace=1,
     ),
-    "llama4": decoder("llama4_text", head_dim=16, intermediate_size_mlp=96, num_local_experts=4),
-    "gpt_oss": decoder("gpt_oss", head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=8),
-    "gemma2": decoder("gemma2", head_dim=16, sliding_window=8),
-    "gemma3": decoder("gemma3_text", head_dim=16, sliding_window=8),
+    "llama4": decoder(
+        "llama4_text", "experts", num_hidden_layers=4, head_dim=16, intermediate_size_mlp=96, num_local_experts=4
+    ),
+    "gpt_oss": decoder("gpt_oss", *NO_SDPA, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=8),
+    "gemma2": decoder("gemma2", *NO_SDPA, head_dim=16, sliding_window=8),
+    "gemma3": decoder("gemma3_text", head_dim=16, sliding_window=8, layer_types=ALTERNATING),
     "gemma3n": decoder(
         "gemma3n_text",
+        num_hidden_layers=4,
         head_dim=16,
         sliding_window=8,
         vocab_size_per_layer_input=VOCABULARY,
         hidden_size_per_layer_input=16,
         laurel_rank=8,
-        num_kv_shared_layers=0,
+        num_kv_shared_layers=2,
         layer_types=["sliding_attention", "full_attention"] * 2,
         activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0],
         intermediate_size=[96] * 4,
     ),
     "phi3": decoder("phi3"),
-    "gpt2": decoder("gpt2"),
-    "gpt_neox": decoder("gpt_neox"),
-    "gptj": decoder("gptj", rotary_dim=8),
-    "opt": decoder("opt", ffn_dim=96, word_embed_proj_dim=64),
+    "gpt2": decoder("gpt2", num_key_value_heads=4),
+    "gpt_neox": decoder("gpt_neox", num_key_value_heads=4),
+    "gptj": decoder("gptj", rotary_dim=8, num_key_value_heads=4),
+    "opt": decoder("opt", ffn_dim=96, word_embed_proj_dim=64, num_key_value_heads=4),
     "olmo2": decoder("olmo2"),
     "granite": decoder("granite"),
     "granitemoe": decoder("granitemoe", num_local_experts=4, num_experts_per_tok=2),
-    "falcon": decoder("falcon"),
-    "bloom": decoder("bloom"),
-    "mpt": mpt,
-    "smollm3": decoder("smollm3"),
-    "cohere2": decoder("cohere2", sliding_window=8),
-    "mamba": decoder("mamba", state_size=8),
-    "mamba2": decoder("mamba2", num_heads=8, head_dim=16, n_groups=2, state_size=8, chunk_size=8),
+    "falcon": decoder("falcon", "trained=prefix"),
+    "bloom": decoder("bloom", num_key_value_heads=4),
+    "mpt": Family(mpt, token_ids, ("experts", "trained=prefix")),
+    "smollm3": decoder("smollm3", num_hidden_layers=4),
+    "cohere2": decoder("cohere2", sliding_window=8, layer_types=ALTERNATING),
+    "mamba": decoder("mamba", "attention", "trained=prefix", state_size=8),
+    "mamba2": decoder(
+        "mamba2", "attention", "trained=prefix", num_heads=8, head_dim=16, n_groups=2, state_size=8, chunk_size=8
+    ),
     "jamba": decoder(
         "jamba",
+        "trained=prefix",
         attn_layer_period=2,
         attn_layer_offset=1,
         expert_layer_period=2,
@@ -281,15 +349,25 @@ FAMILIES: dict[str, Callable[[], Made]] = {
     "roberta": encoder("roberta", max_position_embeddings=64),
     "modernbert": encoder("modernbert", local_attention=8),
     "albert": encoder("albert", embedding_size=32),
-    "t5": t5,
-    "bart": bart,
-    "whisper": whisper,
-    "wav2vec2": wav2vec2,
+    "t5": Family(t5, token_ids),
+    "bart": Family(bart, token_ids),
+    "whisper": Family(whisper, speech, ("experts", "mask", "trained=prefix")),
+    "wav2vec2": Family(wav2vec2, waves, ("experts", "mask", "trained=prefix", "trained=embeddings")),
     "vit": image_classifier("vit"),
     "dinov2": image_classifier("dinov2"),
     "clip": two_towers("CLIP"),
     "siglip": two_towers("Siglip"),
-    "llava": llava,
-    "qwen2_5_vl": qwen2_5_vl,
-    "paligemma": paligemma,
+    "llava": Family(llava, with_images, lengths=(30, 18)),
+    "qwen2_5_vl": Family(qwen2_5_vl, image_grids, ("experts", "trained=prefix"), (30, 20)),
+    "paligemma": Family(paligemma, prefixes, lengths=(30, 18)),
+    "nn.TransformerEncoder": Family(lambda: Scored(Encoder()), lambda b, n: {"x": torch.randn(b, n, 64)}, PLAIN_TORCH),
+    "U-Net": Family(
+        lambda: Scored(UNet()),
+        lambda b, n: {"x": torch.randn(b, 3, 24, 24)},
+        ("length", "dropout", "trained=norms", *PLAIN_TORCH),
+    ),
+    # not on the list that the mechanism was built against
+    "olmoe": decoder("olmoe", num_experts=4, num_experts_per_tok=2),
+    "deberta_v2": encoder("deberta-v2", relative_attention=True, pos_att_type=["p2c", "c2p"]),
+    "nemotron": decoder("nemotron"),
 }
