@@ -28,6 +28,14 @@ def test_matrix_products_are_two_operations_per_multiply_add() -> None:
     assert counted(lambda: torch.ones(3, 5) + 1) == 0
 
 
+def test_a_grouped_product_counts_every_row_once() -> None:
+    """Of tokens sorted by expert, with the weights of each expert; and of one matrix for each group."""
+    rows, weights, ends = torch.randn(24, 16), torch.randn(3, 16, 32), torch.tensor([8, 16, 24], dtype=torch.int32)
+    rows, weights = rows.bfloat16(), weights.bfloat16()
+    assert counted(lambda: torch._grouped_mm(rows, weights, offs=ends)) == 2 * 24 * 16 * 32
+    assert counted(lambda: torch._grouped_mm(rows.view(3, 8, 16), weights)) == 2 * 3 * 8 * 16 * 32
+
+
 def test_fused_attention_on_a_cpu_counts_as_its_two_products() -> None:
     query = torch.randn(2, 4, 32, 16, requires_grad=True)
     key, value = torch.randn(2, 2, 2, 32, 16, requires_grad=True).unbind()

@@ -349,8 +349,8 @@ FAMILIES: dict[str, Family] = {
     "roberta": encoder("roberta", max_position_embeddings=64),
     "modernbert": encoder("modernbert", local_attention=8),
     "albert": encoder("albert", embedding_size=32),
-    "t5": Family(t5, token_ids),
-    "bart": Family(bart, token_ids),
+    "t5": Family(t5, token_ids, ("experts", "trained=prefix")),
+    "bart": Family(bart, token_ids, ("experts", "trained=prefix")),
     "whisper": Family(whisper, speech, ("experts", "mask", "trained=prefix")),
     "wav2vec2": Family(wav2vec2, waves, ("experts", "mask", "trained=prefix", "trained=embeddings")),
     "vit": image_classifier("vit"),
@@ -358,7 +358,7 @@ FAMILIES: dict[str, Family] = {
     "clip": two_towers("CLIP"),
     "siglip": two_towers("Siglip"),
     "llava": Family(llava, with_images, lengths=(30, 18)),
-    "qwen2_5_vl": Family(qwen2_5_vl, image_grids, ("experts", "trained=prefix"), (30, 20)),
+    "qwen2_5_vl": Family(qwen2_5_vl, image_grids, ("experts", "trained=prefix", "trained=dora"), (30, 22)),
     "paligemma": Family(paligemma, prefixes, lengths=(30, 18)),
     "nn.TransformerEncoder": Family(lambda: Scored(Encoder()), lambda b, n: {"x": torch.randn(b, n, 64)}, PLAIN_TORCH),
     "U-Net": Family(
@@ -368,6 +368,6 @@ FAMILIES: dict[str, Family] = {
     ),
     # not on the list that the mechanism was built against
     "olmoe": decoder("olmoe", num_experts=4, num_experts_per_tok=2),
-    "deberta_v2": encoder("deberta-v2", relative_attention=True, pos_att_type=["p2c", "c2p"]),
+    "deberta_v2": encoder("deberta-v2", "precision=autocast", relative_attention=True, pos_att_type=["p2c", "c2p"]),
     "nemotron": decoder("nemotron"),
 }

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 ADAPTERS = ("lora", "rslora", "dora", "ia3", "modules_to_save", "prefix")
-HEADS = ("lm_head", "embed_out", "classifier", "cls", "decoder", "projector", "score", "head")
+HEADS = ("lm_head", "embed_out", "classifier", "cls", "projector", "score", "head")
 
 
 def choose_trained(model: nn.Module, trained: str) -> nn.Module:
@@ -63,7 +63,7 @@ def add_adapters(model: nn.Module, kind: str) -> nn.Module:
 def _targets(model: nn.Module) -> list[str]:
     parts = [(name.split(".")[-1], type(part).__name__) for name, part in model.named_modules()]
     linear = {name for name, kind in parts if ("Linear" in kind or kind == "Conv1D") and not name.isdigit()}
-    targets = linear - {*HEADS, "gate", "router"}
+    targets = linear - {*HEADS, "decoder", "gate", "router"}
     if any("Mamba" in kind for _, kind in parts):
         targets -= {"out_proj"}  # PEFT does not support it: a kernel of its own reads the weight
     return sorted(targets)
@@ -93,7 +93,8 @@ def quantise(model: nn.Module, base: str) -> None:
 
 
 def _is_quantised(module: nn.Module, name: str) -> bool:
-    return type(module) is nn.Linear and name.rpartition(".")[2] not in HEADS and module.in_features % 32 == 0
+    is_head = name.partition(".")[0] in HEADS or name.rpartition(".")[2] in HEADS
+    return type(module) is nn.Linear and not is_head and module.in_features % 32 == 0
 
 
 def _bitsandbytes(linear: nn.Linear, base: str) -> nn.Module:

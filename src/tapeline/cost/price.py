@@ -91,8 +91,15 @@ def _gemm_4bit(a: Any, _: Any, shape_b: Any, *__: Any) -> int:
     return int(2 * a.numel() * shape_b[0])
 
 
+def _grouped_mm(first: Any, second: Any, *_: Any) -> int:
+    """Each row, or column, is in one group, unless both operands have a dimension of groups."""
+    groups = first.shape[0] if first.dim() == second.dim() == 3 else 1
+    return int(2 * groups * first.shape[-2] * first.shape[-1] * second.shape[-1])
+
+
 _EXTRA: dict[str, Callable[..., int]] = {  # by name: a library's ops exist only once it is imported
     "aten::_scaled_dot_product_flash_attention_for_cpu": _attention_forward,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+    "aten::_grouped_mm": _grouped_mm,
     "bitsandbytes::gemm_4bit": _gemm_4bit,
 }
