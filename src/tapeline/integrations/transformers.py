@@ -95,8 +95,8 @@ def cut_model(name: str, layers: int, dtype: str = "auto") -> nn.Module:
 
     Every count of layers in the configuration, and in those inside it (text, vision), becomes `layers`, and every list with
     one entry per layer is cut to match. Each kind of layer that such lists tell apart keeps its first layer, and these
-    come first; the earliest others fill up. So there are more than `layers` layers if there are more kinds. Kinds that
-    follow from a rule instead of a list (every eighth layer) are there only if that many layers are kept.
+    come first; the earliest others fill up. Where a rule says the kinds (every eighth layer), the first layers are kept, up
+    to where each kind has been. So there may be more than `layers` layers.
 
     Args:
         name: directory or hub name; only the configuration is read.
@@ -112,7 +112,7 @@ def cut_model(name: str, layers: int, dtype: str = "auto") -> nn.Module:
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # a configuration checks itself with errors of its own
         raise UsageError(_not_loaded("model", name, error)) from error
     wanted = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
     if layers:
@@ -302,16 +302,29 @@ def _cut(config: Any, layers: int) -> None:
         if hasattr(inner, "to_dict"):
             _cut(inner, layers)
     counts = {key: value for key in _LAYER_COUNTS if type(value := vars(config).get(key)) is int and value > 0}
+    before = _kinds_by_rule(config)
     for length in {value for value in counts.values() if value > layers}:
         parts = {k: v for k, v in vars(config).items() if isinstance(v, list | tuple) and len(v) == length}
         chosen = _chosen_layers(list(parts.values()), length, layers)
         for key, value in parts.items():
             setattr(config, key, type(value)(value[index] for index in chosen))
-        for key in (key for key, value in counts.items() if value == length):
-            setattr(config, key, len(chosen))
+        _set_counts(config, [key for key, value in counts.items() if value == length], len(chosen))
         for key in _LAYER_SHARES:
             if type(value := getattr(config, key, None)) is int and value > 0:
                 setattr(config, key, max(1, min(len(chosen) - 1, value * len(chosen) // length)))
+    if missing := set(before) - set(_kinds_by_rule(config)):
+        _set_counts(config, list(counts), 1 + max(map(before.index, missing)))
+
+
+def _kinds_by_rule(config: Any) -> list[str]:
+    """The kind of every layer, where a configuration works it out from a rule such as every eighth layer."""
+    names = [name for name in ("layer_types", "layers_block_type") if name not in vars(config)]
+    return list(next((kinds for name in names if (kinds := getattr(config, name, None))), ()))
+
+
+def _set_counts(config: Any, keys: list[str], number: int) -> None:
+    for key in keys:
+        setattr(config, key, number)
 
 
 def _chosen_layers(lists: list[Any], length: int, layers: int) -> list[int]:

@@ -67,6 +67,8 @@ class ModeDiagnosis:
     """Blocks that were run again as a whole."""
     num_kept: int = 0
     """Blocks of which everything was kept because they have no tape."""
+    num_spared: int = 0
+    """Blocks of which everything was kept although they have a tape: dropping would not have lowered the peak."""
     num_idle: int = 0
     """Blocks in which autograd records nothing, so that there is nothing to drop."""
     reasons: tuple[BlockReason, ...] = ()
@@ -91,7 +93,7 @@ class ModeDiagnosis:
     @property
     def is_on_tape(self) -> bool:
         """Whether no block fell back."""
-        return self.num_taped > 0 and not self.num_rerun and not self.num_kept
+        return not self.num_rerun and not self.num_kept
 
     @property
     def verdict(self) -> Verdict:
@@ -144,7 +146,8 @@ class Diagnosis:
         """The worst of the rows: one wrong mode makes it ``wrong``, else one that could not be tried ``not supported``."""
         found = {row.verdict for row in self.rows} | (set() if self.is_deterministic else {"not deterministic"})
         order: tuple[Verdict, ...] = ("wrong", "not deterministic", "not supported", "exact by fall-back")
-        return next((one for one in order if one in found), "exact on the tape")
+        has_taped = any(row.num_taped for row in self.rows)
+        return next((one for one in order if one in found), "exact on the tape" if has_taped else "exact by fall-back")
 
     def to_json(self) -> str:
         """Write it as JSON text, verdicts included."""
@@ -177,7 +180,7 @@ class Diagnosis:
             {True: "yes", False: "NO", None: "?"}[row.is_exact],
             str(row.num_taped),
             str(row.num_rerun),
-            str(row.num_kept),
+            str(row.num_kept + row.num_spared),
             _bytes(row.measured_peak_bytes),
             _bytes(row.predicted_peak_bytes),
             f"{share:.1%}",
@@ -208,6 +211,8 @@ def _remarks_on(row: ModeDiagnosis) -> Iterable[str]:
     if row.is_exact is False:
         yield f"WRONG: {row.num_different} of {row.num_compared} differ: {_named(row.different, row.num_different)}"
     yield from (f"not on the tape: {reason}" for reason in row.reasons)
+    if row.num_spared:
+        yield f"kept by choice in {row.num_spared} blocks: dropping something would not lower the peak"
     if row.num_idle:
         yield f"nothing to drop in {row.num_idle} blocks: autograd records nothing there"
     yield from (f"kept instead: {what}" for what in row.kept_instead)

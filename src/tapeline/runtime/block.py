@@ -192,7 +192,7 @@ class BlockSeam:
         recipe = self.library.recipe(tape, self.policy)
         prepared = self._with_getters(known, recipe)
         frame = Frame(self.name, recipe, find_sources(prepared.getters, tensors), ambient)
-        self.library.casts.note(self._cast(prepared))
+        self.library.casts.note(prepared.cast_parameters())
         if settle(self, frame, places, is_audit=audited is not None):
             self._remember(key, prepared)
             self.library.expected[self._kind(), key[1:], self.policy] = recipe
@@ -379,13 +379,9 @@ class BlockSeam:
             output = OutputRecipe(self.name, program, sources, ambient)
         self.chain.note(out, output)
 
-    def _cast(self, prepared: Prepared) -> list[Any]:
-        """The parameters that autocast casts in this class of calls."""
-        return [place() for place in prepared.cast_getters if not isinstance(place, int)]
-
     def _casts_are_current(self, prepared: Prepared, frame: Frame) -> bool:
         """Whether copies that autocast has cached are those of the parameters as they are."""
-        if prepared.cast_getters and not self.library.casts.note(self._cast(prepared), frame.num_found):
+        if prepared.cast_getters and not self.library.casts.note(prepared.cast_parameters(), frame.num_found):
             frame.drift = "autocast used copies of parameters from before they were changed"
             frame.lose(
                 f"Block {self.name!r} ran in an autocast context that has cached copies of its parameters from before the "

@@ -162,6 +162,7 @@ def _run(trial: _Trial, session: Session, expected: Result, *, can_tell: bool) -
         num_taped=states.count("taped"),
         num_rerun=states.count("rerun"),
         num_kept=states.count("kept"),
+        num_spared=states.count("spared"),
         num_idle=states.count("idle"),
         reasons=tuple(_reasons(plan, session._seams)),
         kept_instead=report.kept_instead,
@@ -182,6 +183,8 @@ def _states(session: Session, before: dict[str, tuple[int, int]]) -> list[str]:
         calls, reruns = before.get(block.name, (0, 0))
         if block.reason == _NOT_RECORDED:
             states.append("idle")
+        elif block.policy.keeps_all and not block.reason:
+            states.append("spared")
         elif seam is None or seam.num_calls == calls:
             states.append("kept")
         elif seam.num_reruns > reruns:
@@ -236,7 +239,7 @@ class _Trial:
             loss = self.loss_fn(self.model, self.batch)
             loss.backward()
         found = {"loss": _copy(loss)}
-        found |= {f"grad of {n}": _copy(p.grad) for n, p in self.model.named_parameters() if p.grad is not None}
+        found |= {f"grad of {n}": _in_host(p.grad) for n, p in self.model.named_parameters() if p.grad is not None}
         found |= {f"buffer {n}": _copy(b) for n, b in self.model.named_buffers()}
         return found | _random_states(model_device(self.model))
 
@@ -266,7 +269,8 @@ class _Trial:
                 registry.clear()
                 registry.update(before)
         for number, (tensor, copied) in enumerate(self._tensors):
-            if tensor._version != self._versions[number]:
+            # batch norm writes its statistics without a trace in their version
+            if tensor._version != self._versions[number] or not isinstance(tensor, nn.Parameter):
                 with torch.no_grad():
                     tensor.copy_(copied)
                 self._versions[number] = tensor._version
@@ -299,7 +303,12 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
     """A copy in host memory, where it does not count in the peak of an accelerator."""
-    return tensor.detach().to("cpu", copy=True)
+    return tensor.detach().clone() if tensor.device.type == "cpu" else _in_host(tensor)
+
+
+def _in_host(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself on a CPU: nothing writes a gradient that the next step does not start from."""
+    return tensor.detach().cpu()
 
 
 def _random_states(device: torch.device) -> Result:

@@ -26,6 +26,10 @@ class Prepared:
     output_getters: list[Getter | int]
     """The same for what the outputs are made of, if the next block drops its input."""
 
+    def cast_parameters(self) -> list[torch.Tensor]:
+        """The parameters that autocast casts in such a call."""
+        return [place() for place in self.cast_getters if not isinstance(place, int)]
+
 
 def find_sources(
     getters: list[Getter | int], tensors: list[torch.Tensor], rebuilt: RebuiltInput | None = None

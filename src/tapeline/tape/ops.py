@@ -33,6 +33,17 @@ def is_about_shape(func: Any) -> bool:
     )
 
 
+def is_random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an op draws from the default generator; attention kernels do only if they drop something."""
+    if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()):
+        return False
+    if "attention" not in func._schema.name:
+        return True
+    names = [argument.name for argument in func._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    return bool(given.get("dropout_p", 0.0))
+
+
 def is_plain_index(op: Op) -> bool:
     """``x[i]`` has a shape that depends on values only if an index is a mask."""
     return short_name(op.func) == "index" and op.args[1] is not None

@@ -41,6 +41,7 @@ from tapeline.tape.ops import (
     cached_dtypes,
     is_about_shape,
     is_plain_index,
+    is_random,
     number_generators,
     short_name,
     written,
@@ -377,17 +378,6 @@ class Recorder(TorchDispatchMode):
         assert read.source is not None, "it is a parameter"
         self.tape.casts.append(read.source)
         return made
-
-
-def is_random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an op draws from the default generator; attention kernels do only if they drop something."""
-    if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()):
-        return False
-    if "attention" not in func._schema.name:
-        return True
-    names = [argument.name for argument in func._schema.arguments]
-    given = dict(zip(names, args, strict=False)) | kwargs
-    return bool(given.get("dropout_p", 0.0))
 
 
 def _see_inside(region: _Region, func: Any, args: Any, kwargs: Any, out: Any) -> None:
