@@ -16,12 +16,10 @@ from tests.exact.families import FAMILIES
 from tests.exact.rows import MODES, Row, covering_rows, covering_rows_of, pairs, rows_with_every_pair
 
 ROWS = list(covering_rows())
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys"),
-    pytest.mark.filterwarnings("ignore:MatMul8bitLt"),
-    pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without"),
-    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
-]
+# what the libraries say about choices that the matrix makes on purpose
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning:(peft|transformers|bitsandbytes|torchao)", "ignore:MatMul8bitLt"
+)
 
 
 def check(row: Row) -> None:
