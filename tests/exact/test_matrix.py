@@ -16,10 +16,8 @@ from tests.exact.families import FAMILIES
 from tests.exact.rows import MODES, Row, covering_rows, covering_rows_of, pairs, rows_with_every_pair
 
 ROWS = list(covering_rows())
-# what the libraries say about choices that the matrix makes on purpose
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::UserWarning:(peft|transformers|bitsandbytes|torchao)", "ignore:MatMul8bitLt"
-)
+# the libraries warn of choices that the matrix makes on purpose
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def check(row: Row) -> None:
