@@ -210,15 +210,27 @@ class Life:
         self.num_steps = 0
 
     def warm_up(self) -> None:
-        """Meet everything once, in every length, with either adapter."""
-        for _ in range(2):
+        """Meet everything in every length with either adapter, after what leaves its marks on modules, twice.
+
+        A class of calls is known from its second call on where another block of its like has had another tape.
+        """
+        for _ in range(6):
             for event in EVENTS:
-                for length in LENGTHS if event is not switch_adapters else LENGTHS[:1]:
+                for length in LENGTHS if event is not switch_adapters else ():
                     self.live(event, length)
+            self.live(switch_adapters, LENGTHS[0])
 
     def go_on(self) -> None:
         for event in self.random.choices(list(EVENTS), list(EVENTS.values()), k=NUM_STEPS - self.num_steps):
             self.live(event, self.random.choice(LENGTHS))
+
+    def come_to_rest(self) -> None:
+        """Take counts where they can be compared: under the first adapter, right after a replacement, without gradients."""
+        if self.managed.active_adapter != "default":
+            self.live(switch_adapters, LENGTHS[0])
+        self.live(replace_a_module, LENGTHS[0])
+        for model in (self.managed, self.twin):
+            model.zero_grad(set_to_none=True)
 
     def live(self, event: Event, length: int) -> None:
         """One step of both, gradients compared now and then."""
@@ -308,10 +320,12 @@ def test_a_thousand_steps_end_where_they_began(mode: str, *, collects: bool) -> 
     with collecting(collects=collects):
         life = Life(mode, collects=collects)
         life.warm_up()
+        life.come_to_rest()
         warm = life.census()
         life.go_on()
+        life.come_to_rest()
         grown = differences(life.census(), warm)
-        assert life.num_steps == NUM_STEPS
+        assert life.num_steps >= NUM_STEPS
         assert_equal(life.managed.state_dict(), life.twin.state_dict())
         notes = life.session.report().notes
         life.end()
