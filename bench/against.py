@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import json
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +26,19 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import tapeline
-from bench.smoke import LORA_ALPHA, LORA_R, PACKAGES, SEED, Batch, are_equal, device_name, gradients, hardware, step
+from bench.smoke import (
+    LORA_ALPHA,
+    LORA_R,
+    PACKAGES,
+    SEED,
+    Batch,
+    are_equal,
+    device_name,
+    gradients,
+    hardware,
+    save,
+    step,
+)
 from tapeline.cost.price import ATTENTION, MATMUL, count_flops, op_class
 from tapeline.integrations.transformers import quiet_transformers
 from tapeline.ledger import Ledger
@@ -368,11 +379,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("a record of some families needs a place of its own: --out FILE")
     torch.set_num_threads(1)
     record = run(options.family, Sizes())
-    path = options.out or Path(__file__).parent / "results" / record["device"] / "against.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
     print(table(record))
-    print(f"{record['seconds']} s, record: {path}")
+    save(record, options.out)
 
 
 if __name__ == "__main__":

@@ -442,6 +442,14 @@ def table(record: dict[str, Any]) -> str:
     return f"{text_table(header, rows, left=3)}\n\n{text_table(('microbenchmark', 'median'), micro)}"
 
 
+def save(record: dict[str, Any], path: Path | None = None) -> None:
+    """Write a record where it was asked for, or to its place among the results of its device."""
+    path = path or Path(__file__).parent / "results" / record["device"] / f"{record['case']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{record['seconds']} s, record: {path}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.smoke", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a tiny model and few repetitions, to see that it works")
@@ -455,11 +463,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     record = run(config, device)
-    path = options.output or Path(__file__).parent / "results" / record["device"] / "smoke.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
     print(table(record))
-    print(f"{record['seconds']} s, record: {path}")
+    save(record, options.output)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tapeline.errors import TapelineError, UnsupportedModelError, UsageError, did_you_mean
+from tapeline.cli.models import adapted, check_dtype, demo, quiet_libraries
+from tapeline.errors import TapelineError, UnsupportedModelError
 from tapeline.train.config import DEMO, DTYPES
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
     from tapeline.planner.diagnosis import Diagnosis
 
-_LORA_ALPHA = 16
 _EXIT_CODES = {"exact on the tape": 0, "exact by fall-back": 0, "wrong": 1}
 _MODES = ("cheap", "recompute", "least", "segments")
 
@@ -39,15 +39,12 @@ def doctor(
 
     The model has random weights and few layers. Without --model: the demo model of `tapeline train`.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"Unknown dtype {dtype!r}{did_you_mean(dtype, DTYPES)}: use {', '.join(DTYPES)}.")
-    from tapeline.cli.train import _quiet_libraries
-
-    _quiet_libraries()
+    check_dtype(dtype)
+    quiet_libraries()
     if sys.stderr.isatty():
         logging.getLogger("tapeline.runtime.doctor").setLevel(logging.INFO)
     built, batch = _model_and_batch(model, layers, dtype, (batch_size, max_length))
-    diagnosis = _diagnosed(_adapted(built, lora_r), batch, mode or _MODES)
+    diagnosis = _diagnosed(_trained(built, lora_r), batch, mode or _MODES)
     sys.stdout.write((diagnosis.to_json() if as_json else str(diagnosis)) + "\n")
     raise typer.Exit(_EXIT_CODES.get(diagnosis.verdict, UnsupportedModelError.exit_code))
 
@@ -55,25 +52,21 @@ def doctor(
 def _model_and_batch(name: str, layers: int, dtype: str, shape: tuple[int, int]) -> tuple[nn.Module, dict[str, Any]]:
     import torch
 
-    from tapeline.cli.explain import _demo
     from tapeline.integrations.transformers import cut_model, random_tokens
 
     torch.manual_seed(0)
-    model = _demo(dtype) if name == DEMO else cut_model(name, layers, dtype)
+    model = demo(dtype) if name == DEMO else cut_model(name, layers, dtype)
     return model, random_tokens(model, *shape)
 
 
-def _adapted(model: nn.Module, lora_r: int) -> nn.Module:
+def _trained(model: nn.Module, lora_r: int) -> nn.Module:
     """With adapters as they are after some steps: fresh ones multiply by zero, and hide what is wrong before them."""
     from torch.nn.init import normal_
 
-    from tapeline.integrations.peft import add_lora
-
-    if lora_r:
-        model = add_lora(model, r=lora_r, alpha=_LORA_ALPHA, dropout=0.0, target_modules="all-linear")
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                normal_(parameter, std=0.02)
+    model = adapted(model, lora_r)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            normal_(parameter, std=0.02)
     return model
 
 

@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tapeline.errors import UsageError, did_you_mean
+from tapeline.cli.models import adapted, check_dtype, demo, quiet_libraries
 from tapeline.train.config import DEMO, DTYPES
 
 if TYPE_CHECKING:
     from torch import nn
-
-_LORA_ALPHA = 16
 
 
 def explain(
@@ -39,11 +37,8 @@ def explain(
 
     Without MODEL: the demo model of `tapeline train`. Weights are neither read nor made: nothing runs for real.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"Unknown dtype {dtype!r}{did_you_mean(dtype, DTYPES)}: use {', '.join(DTYPES)}.")
-    from tapeline.cli.train import _quiet_libraries
-
-    _quiet_libraries()
+    check_dtype(dtype)
+    quiet_libraries()
     from tapeline.api import explain as explain_block
 
     explanation = explain_block(
@@ -58,22 +53,9 @@ def explain(
 
 
 def _model(name: str, dtype: str, lora_r: int) -> nn.Module:
-    from tapeline.integrations.peft import add_lora
     from tapeline.integrations.transformers import model_without_weights
 
-    model = _demo(dtype) if name == DEMO else model_without_weights(name, dtype=dtype)
-    if lora_r:
-        model = add_lora(model, r=lora_r, alpha=_LORA_ALPHA, dropout=0.0, target_modules="all-linear")
-    return model
-
-
-def _demo(dtype: str) -> nn.Module:
-    import torch
-
-    from tapeline.train.demo import byte_tokenizer, demo_model
-
-    model = demo_model(len(byte_tokenizer()))
-    return model if dtype == "auto" else model.to(getattr(torch, dtype))
+    return adapted(demo(dtype) if name == DEMO else model_without_weights(name, dtype=dtype), lora_r)
 
 
 def _batch(batch_size: int, max_length: int) -> dict[str, Any]:

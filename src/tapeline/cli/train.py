@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
-import os
 import sys
 from dataclasses import MISSING, asdict, fields
 from typing import Annotated, Any
 
 import typer
 
+from tapeline.cli.models import quiet_libraries
 from tapeline.errors import InfeasibleBudgetError, TapelineError
 from tapeline.train.config import TrainConfig, load_config
 
@@ -33,7 +32,7 @@ def train(**given: Any) -> None:
     try:
         settings = {name: value for name, value in given.items() if value is not None}
         config = load_config(settings, config_file)
-        _quiet_libraries()
+        quiet_libraries()
         from tapeline.train.run import train as run
 
         with observer:
@@ -59,13 +58,6 @@ def _failure(error: BaseException) -> dict[str, Any]:
 
 def _print_json(content: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(content, indent=2, default=str) + "\n")
-
-
-def _quiet_libraries() -> None:
-    """Other libraries' progress bars and advice would break ours; warnings and errors still come through."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says at every start which optional kernels it lacks
 
 
 def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:

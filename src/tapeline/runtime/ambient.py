@@ -9,8 +9,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from tapeline.compat import allow_attention_kernels, attention_kernels
-from tapeline.cost.device import accelerator_type
+from tapeline.compat import allow_attention_kernels, attention_kernels, autocast_state
 from tapeline.runtime.signature import Surroundings
 
 _LOCK = threading.RLock()
@@ -87,7 +86,7 @@ class Ambient:
 @contextmanager
 def outside_autocast() -> Iterator[None]:
     """Leave every autocast context for a while, as a training loop does before it runs backward."""
-    kinds = [kind for kind in ("cpu", accelerator_type()) if torch.is_autocast_enabled(kind)]
+    kinds = [kind for kind, _ in autocast_state()]
     torch.autocast_increment_nesting()
     depth = torch.autocast_decrement_nesting()
     try:

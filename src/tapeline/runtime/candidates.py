@@ -17,7 +17,7 @@ from tapeline.tape.graph import Tape
 from tapeline.tape.options import block_graph
 
 _SEGMENT_LENGTHS = (2, 3, 4, 6, 8, 12, 16, 24)
-_NOT_RECORDED = "autograd records nothing here"
+NOT_RECORDED = "autograd records nothing here"
 _NUM_BETWEEN = 3
 _MAX_SAMPLES = 2
 
@@ -137,7 +137,7 @@ class Candidates:
         for name, reason in self._reasons.items():
             by_reason.setdefault(reason, []).append(name)
         for reason, names in by_reason.items():
-            if reason != _NOT_RECORDED:
+            if reason != NOT_RECORDED:
                 shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
                 yield f"not replayed from a tape: {shown} ({len(names)} in all), {reason}"
 
@@ -148,7 +148,7 @@ class Candidates:
     def _reason(self, name: str) -> str:
         """Why a block has no tape."""
         facts = self.recorded.blocks[name]
-        return facts.reason if facts.num_calls else _NOT_RECORDED
+        return facts.reason if facts.num_calls else NOT_RECORDED
 
     def _can_rerun(self, name: str) -> bool:
         records = self.step.library.blocks.get(name)
@@ -198,7 +198,7 @@ class Candidates:
 
     def _place(self, name: str, policy: Policy, source: Placement = "device") -> BlockPlan:
         reason = self._reasons.get(name, "")
-        if reason and not (policy.drops_all and reason != _NOT_RECORDED and self._can_rerun(name)):
+        if reason and not (policy.drops_all and reason != NOT_RECORDED and self._can_rerun(name)):
             policy = KEEP
         return _plan(name, self._kinds[name], policy, "device" if reason else source, reason)
 

@@ -17,7 +17,7 @@ from tapeline.planner.diagnosis import BlockReason, Diagnosis, ModeDiagnosis
 from tapeline.planner.schema import Plan, parse_mode
 from tapeline.runtime.block import BlockSeam
 from tapeline.runtime.blocks import find_blocks
-from tapeline.runtime.candidates import _NOT_RECORDED
+from tapeline.runtime.candidates import NOT_RECORDED
 from tapeline.runtime.install import managed_module
 from tapeline.runtime.measure import make_meter
 from tapeline.runtime.predict import model_device
@@ -181,7 +181,7 @@ def _states(session: Session, before: dict[str, tuple[int, int]]) -> list[str]:
     for block in session.plan.blocks:
         seam = session._seams.get(block.name)
         calls, reruns = before.get(block.name, (0, 0))
-        if block.reason == _NOT_RECORDED:
+        if block.reason == NOT_RECORDED:
             states.append("idle")
         elif block.policy.keeps_all and not block.reason:
             states.append("spared")
@@ -199,7 +199,7 @@ def _reasons(plan: Plan, seams: dict[str, BlockSeam]) -> Iterator[BlockReason]:
     blocks_by_reason: dict[str, list[str]] = {}
     for block in plan.blocks:
         found = dict.fromkeys(seams[block.name].reasons if block.name in seams else ())
-        for reason in found or ([block.reason] if block.reason and block.reason != _NOT_RECORDED else []):
+        for reason in found or ([block.reason] if block.reason and block.reason != NOT_RECORDED else []):
             blocks_by_reason.setdefault(reason, []).append(block.name)
     for reason, names in blocks_by_reason.items():
         yield BlockReason(reason=reason, blocks=tuple(names))

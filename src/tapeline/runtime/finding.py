@@ -52,8 +52,6 @@ def _alias(tensor: torch.Tensor) -> torch.Tensor:
 
     A tensor made in inference mode has no version that would tell of a change; what is not a weight is copied.
     """
-    if tensor.is_inference() and not isinstance(tensor, nn.Parameter):
-        return tensor.clone()
     if tensor.is_inference():
-        return tensor.detach()
+        return tensor.detach() if isinstance(tensor, nn.Parameter) else tensor.clone()
     return tensor.detach() if type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer) else tensor

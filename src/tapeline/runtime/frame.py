@@ -133,7 +133,7 @@ class Frame:
         self.roots: dict[int, torch.Tensor] = {}
         self.cursor = 0
         self.num_found = 0
-        """Whether autocast had copies of parameters from an earlier call."""
+        """How many copies of parameters autocast had from an earlier call."""
         self.drift = ""
         """What was different from the tape; empty as long as nothing was."""
         self.num_placed = len(self.actions)
