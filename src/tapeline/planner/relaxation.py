@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import highspy
 import numpy as np
@@ -23,15 +22,6 @@ _PER_ROUND = 3
 _TILT = 1e-7
 _PENALTY = 1e3
 _TINY = 1e-7
-
-
-class Step(NamedTuple):
-    """A part of one stage, in forward or in backward, or the loss (stage ``None``)."""
-
-    stage: int | None
-    part: int
-    is_backward: bool
-    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +71,7 @@ class Relaxation:
         self.route, self.budgets, self.links, self.is_safe = route, budgets, links, is_safe
         self.byte = 1.0 / max(1.0, *(sum(stage.sizes) for stage in route.stages))
         self.second = 1.0 / max(route.base_seconds / max(1, len(route.stages)), 1e-12)
-        self.steps = _steps(route)
+        self.steps = route.steps
         slower, faster = sorted((links.to_host, links.to_device))
         self.latency_bytes = links.latency * (faster if is_safe else slower)
         smallest = min(
@@ -378,20 +368,6 @@ class Relaxation:
             excess_bytes=over / self.byte if over > 1e-6 else 0.0,
             reduced_costs=tuple(np.maximum(costs, 0.0) / self.second for costs in reduced),
         )
-
-
-def _steps(route: Route) -> list[Step]:
-    forward = [
-        Step(number, part, False, stage.forward_seconds(part))
-        for number, stage in enumerate(route.stages)
-        for part in range(stage.num_parts)
-    ]
-    backward = [
-        Step(number, part, True, route.stages[number].backward_seconds(part))
-        for number in reversed(range(route.num_frozen, len(route.stages)))
-        for part in reversed(range(route.stages[number].num_parts))
-    ]
-    return [*forward, Step(None, 0, False, route.loss_seconds), *backward]
 
 
 def _first_columns(options: Options) -> set[int]:

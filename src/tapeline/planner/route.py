@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from tapeline.planner.placements import Options, placements
 from tapeline.planner.stage import Stage
@@ -34,6 +35,15 @@ class Budgets:
     device: float
     host: float = math.inf
     disk: float = 0.0
+
+
+class Step(NamedTuple):
+    """A part of one stage, in forward or in backward, or the loss (stage ``None``)."""
+
+    stage: int | None
+    part: int
+    is_backward: bool
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +80,23 @@ class Route:
     def num_frozen(self) -> int:
         """Stages at the beginning that have no backward."""
         return next((i for i, stage in enumerate(self.stages) if not stage.is_frozen), len(self.stages))
+
+    @cached_property
+    def steps(self) -> tuple[Step, ...]:
+        """Parts of stages in forward order, the loss, and parts in reverse order down to the first that is trained."""
+        steps = [
+            Step(stage=number, part=part, is_backward=False, seconds=stage.forward_seconds(part))
+            for number, stage in enumerate(self.stages)
+            for part in range(stage.num_parts)
+        ]
+        steps.append(Step(stage=None, part=0, is_backward=False, seconds=self.loss_seconds))
+        for number in reversed(range(self.num_frozen, len(self.stages))):
+            stage = self.stages[number]
+            steps += [
+                Step(stage=number, part=part, is_backward=True, seconds=stage.backward_seconds(part))
+                for part in reversed(range(stage.num_parts))
+            ]
+        return tuple(steps)
 
     @cached_property
     def base_seconds(self) -> float:
