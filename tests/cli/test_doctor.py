@@ -1,4 +1,4 @@
-"""`tapeline doctor` as a user sees it: exit codes, one message, and models cut to a few layers."""
+"""`tapeline doctor --model` as a user sees it: exit codes, one message, and models cut to a few layers."""
 
 from __future__ import annotations
 
@@ -77,13 +77,13 @@ def test_gemma_keeps_both_kinds_of_layers_and_json_says_it_all(doctor: Doctor, s
     assert 0 < found["num_trainable"] < found["num_parameters"]
 
 
-def test_the_demo_runs_without_arguments_and_tells_its_progress_on_a_terminal(
+def test_the_demo_runs_and_tells_its_progress_on_a_terminal(
     doctor: Doctor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     logger = logging.getLogger("tapeline.runtime.doctor")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     try:
-        code, out, _ = doctor(*SMALL)
+        code, out, _ = doctor("--model", "demo", *SMALL)
     finally:
         logger.setLevel(logging.NOTSET)
     assert code == 0
@@ -116,9 +116,9 @@ def test_the_exit_code_follows_the_verdict(
     ("arguments", "message"),
     [
         (["--model", "/nowhere/model"], "Cannot load the model '/nowhere/model'"),
-        (["--mode", "cheep"], "did you mean 'cheap'?"),
-        (["--mode", "none"], "nothing to try"),
-        (["--dtype", "float33"], "Unknown dtype"),
+        (["--model", "demo", "--mode", "cheep"], "did you mean 'cheap'?"),
+        (["--model", "demo", "--mode", "none"], "nothing to try"),
+        (["--model", "demo", "--dtype", "float33"], "Unknown dtype"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(doctor: Doctor, arguments: list[str], message: str) -> None:

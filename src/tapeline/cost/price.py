@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from tapeline.cost.device import Rates
+from tapeline.cost.rates import Rates
 
 MATMUL, ATTENTION, MEMORY, OTHER = "matmul", "attention", "memory", "other"
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from tapeline.cost.device import Rates
+from tapeline.cost.rates import Rates
 from tapeline.errors import UsageError
 from tapeline.planner.block import choose
 from tapeline.planner.policy import Policy

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tapeline.cost.device import Rates
 from tapeline.cost.price import MEMORY, op_seconds
+from tapeline.cost.rates import Rates
 from tapeline.planner.block import BlockGraph, BlockStep, BlockValue
 from tapeline.tape.graph import ARGUMENT, UNKNOWN, Op, Tape, Use, Value
 

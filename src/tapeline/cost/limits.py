@@ -1,0 +1,73 @@
+"""What this process may use of the machine beside its device: host memory, pinned memory, disk."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tapeline.cost.device import cgroup_memory
+from tapeline.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """Limits of this process on this machine; ``None`` is no limit."""
+
+    host_bytes: int
+    """Memory of the machine."""
+    host_available_bytes: int
+    """What of it can be had without swapping."""
+    cgroup_bytes: int | None
+    """What the container may use."""
+    cgroup_available_bytes: int | None
+    """What of it is left."""
+    locked_bytes: int | None
+    """How much memory this process may lock (``ulimit -l``). Drivers that pin memory for an accelerator may be exempt."""
+    disk_bytes: int
+    """Free bytes in the folder."""
+    folder: str
+    """The folder."""
+
+
+def machine_limits(folder: Path | str) -> Limits:
+    """The limits of this process, with the free space of one folder.
+
+    Raises:
+        UsageError: if the folder does not exist.
+    """
+    memory = psutil.virtual_memory()
+    # a control group without a limit says a number larger than any machine
+    groups = [(limit, used) for limit, used in cgroup_memory() if limit < memory.total]
+    return Limits(
+        host_bytes=memory.total,
+        host_available_bytes=memory.available,
+        cgroup_bytes=min((limit for limit, _ in groups), default=None),
+        cgroup_available_bytes=min((max(0, limit - used) for limit, used in groups), default=None),
+        locked_bytes=_locked_bytes(),
+        disk_bytes=free_disk_bytes(folder),
+        folder=str(folder),
+    )
+
+
+def free_disk_bytes(folder: Path | str) -> int:
+    """Bytes that can still be written in a folder.
+
+    Raises:
+        UsageError: if it does not exist, or is none.
+    """
+    if not Path(folder).is_dir():
+        raise UsageError(f"No folder {str(folder)!r}: choose one that exists and can be written with --offload_dir.")
+    return shutil.disk_usage(folder).free
+
+
+def _locked_bytes() -> int | None:
+    if sys.platform == "win32":
+        return None
+    import resource  # not on Windows
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return None if soft == resource.RLIM_INFINITY else soft
