@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,6 +14,8 @@ from torch import nn
 
 from tapeline.cost.device import available_bytes
 from tapeline.errors import UnsupportedModelError, UsageError
+from tapeline.integrations.bitsandbytes import nf4_config, quantise_without_data
+from tapeline.integrations.configs import find_config
 from tapeline.runtime.session import Session
 from tapeline.units import format_bytes
 
@@ -49,7 +52,8 @@ def load_model(name: str, *, dtype: str = "auto", load_in_4bit: bool = False) ->
 
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if load_in_4bit:
-        options["quantization_config"] = _nf4(options["dtype"])
+        compute = torch.bfloat16 if dtype == "auto" else options["dtype"]
+        options["quantization_config"] = nf4_config(compute, double_quant=True)
     try:
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(name, **options)
@@ -62,32 +66,51 @@ def load_model(name: str, *, dtype: str = "auto", load_in_4bit: bool = False) ->
     return model
 
 
-def model_without_weights(directory: str, *, dtype: str = "auto") -> nn.Module:
-    """Build a causal language model from the ``config.json`` of a local directory, for planning only.
+def model_without_weights(
+    model: Any, *, dtype: str = "auto", load_in_4bit: bool = False, double_quant: bool = False
+) -> nn.Module:
+    """Build a causal language model from its configuration alone, for planning only.
 
     The weights are memory that is never written, so that no page of it is touched.
 
     Args:
-        directory: where the configuration is.
+        model: a name as `find_config` takes it, or a configuration.
         dtype: ``auto`` (as the configuration says), ``float32``, ``bfloat16`` or ``float16``.
+        load_in_4bit: with the linear layers as they are after loading them as nf4 with bitsandbytes.
+        double_quant: with 4 bits: quantise the scales too.
 
     Raises:
         UsageError: if there is no configuration, or no model can be built from it.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    config = find_config(model) if isinstance(model, str) else copy.deepcopy(model)
+    made = build_on_meta(config, None if dtype == "auto" else getattr(torch, dtype))
+    made.to_empty(device="cpu")
+    made.tie_weights()  # leaving the meta device has made each use of a shared weight a parameter of its own
+    if load_in_4bit:
+        quantise_without_data(made, double_quant=double_quant)
+    return made
 
-    if not (Path(directory) / "config.json").is_file():
-        raise UsageError(f"No model in {directory!r}: name a local directory with a config.json.")
+
+def build_on_meta(config: Any, dtype: torch.dtype | None = None) -> Any:
+    """Build a causal language model on the meta device.
+
+    Args:
+        config: its configuration; it may be changed.
+        dtype: of the weights; ``None`` for what the configuration says.
+
+    Raises:
+        UsageError: if no model can be built.
+    """
+    from transformers import AutoModelForCausalLM
+
     try:
         with quiet_transformers(), torch.device("meta"):
-            config = AutoConfig.from_pretrained(directory)
-            wanted = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=wanted)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(_not_loaded("model", directory, error)) from error
-    model.to_empty(device="cpu")
-    model.tie_weights()  # leaving the meta device has made each use of a shared weight a parameter of its own
-    return model
+            return AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
+    except Exception as error:  # a model fails on a configuration that makes no sense with whatever it runs into
+        raise UsageError(
+            f"Cannot build a causal language model of type {config.model_type!r}: {type(error).__name__}: "
+            f"{_first_line(error)}"
+        ) from error
 
 
 def cut_model(name: str, layers: int, dtype: str = "auto") -> nn.Module:
@@ -267,22 +290,6 @@ class StepMeasurer:
 
     def _note_batch(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._batches.append({n: v for n, v in kwargs.items() if isinstance(v, torch.Tensor) and v.dim() > 0})
-
-
-def _nf4(dtype: Any) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise UsageError("load_in_4bit needs bitsandbytes: pip install 'tapeline[qlora]'.") from error
-    compute = torch.bfloat16 if dtype == "auto" else dtype
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
-    )
 
 
 def _not_loaded(what: str, name: str, error: Exception) -> str:
