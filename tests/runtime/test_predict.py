@@ -13,7 +13,7 @@ from torch import nn
 
 import tapeline
 from tapeline.errors import UsageError
-from tests.models import TinyModel
+from tests.models import FAMILIES, TinyModel
 
 LAYERS = functools.partial(nn.Linear, 8, 8)
 
@@ -198,3 +198,27 @@ def test_quantised_weights_are_counted_with_their_scales(tmp_path: Any) -> None:
         with session.measure():
             model(**batch).loss.backward()
     assert session.last_peak_bytes == pytest.approx(plan.peak_bytes, rel=0.02)
+
+
+def test_adapters_on_a_loaded_model_do_not_hide_that_its_blocks_are_not_training() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    def planned(*, trains: bool) -> tapeline.Plan:
+        model = FAMILIES["llama"]()
+        adapted = get_peft_model(model.model.eval(), LoraConfig(r=4, target_modules="all-linear"))
+        assert adapted.training
+        return tapeline.plan(adapted.train() if trains else adapted, model.batch, mode="recompute")
+
+    assert planned(trains=False).peak_bytes == planned(trains=True).peak_bytes
+
+
+def test_a_part_that_is_in_evaluation_mode_on_purpose_stays_there() -> None:
+    model = nn.Sequential(*[nn.Sequential(LAYERS(), nn.Dropout(0.5), LAYERS()) for _ in range(3)])
+    batch = torch.randn(4, 8)
+
+    def saved() -> int:
+        return tapeline.plan(model, batch, mode="none", loss_fn=lambda m, x: m(x).sum()).peak_bytes
+
+    training = saved()
+    model[0].eval()
+    assert saved() < training

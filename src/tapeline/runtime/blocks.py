@@ -65,6 +65,16 @@ def _named(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     return ordered
 
 
+def start_training(model: nn.Module, names: Sequence[str]) -> None:
+    """Put a model that is as it was loaded into training mode, as a training loop would.
+
+    Adapters put on a loaded model say that they are training while all blocks are not. A model of which only some parts
+    are in evaluation mode was made so on purpose, and is left alone.
+    """
+    if not any(model.get_submodule(name).training for name in names or ("",)):
+        model.train()
+
+
 def _repeated(model: nn.Module, *, minimum: int) -> list[str]:
     """Members of lists and sequences in which one class of composite module occurs at least `minimum` times."""
     found = []

@@ -16,7 +16,7 @@ from tapeline.errors import TapelineError, UsageError
 from tapeline.planner.diagnosis import BlockReason, Diagnosis, ModeDiagnosis
 from tapeline.planner.schema import Plan, parse_mode
 from tapeline.runtime.block import BlockSeam
-from tapeline.runtime.blocks import find_blocks
+from tapeline.runtime.blocks import find_blocks, start_training
 from tapeline.runtime.candidates import NOT_RECORDED
 from tapeline.runtime.install import managed_module
 from tapeline.runtime.measure import make_meter
@@ -80,7 +80,7 @@ def diagnose(
     """
     names = _checked(model, modes, blocks)
     with _restored(model) as trial:
-        trial.batch, trial.loss_fn = batch, loss_fn
+        trial.batch, trial.loss_fn, trial.names = batch, loss_fn, names
         logger.info("untouched model: two steps")
         meter = make_meter(model, model_device(model))
         with _without_cache(model):
@@ -224,6 +224,7 @@ class _Trial:
         self.model = model
         self.batch: Any = None
         self.loss_fn: LossFn = model_loss
+        self.names: list[str] = []
         found = [registry for module in model.modules() for registry in (module._parameters, module._buffers)]
         self._registries: list[tuple[dict[str, Any], dict[str, Any]]] = [(one, dict(one)) for one in found]
         tensors = {id(t): t for _, before in self._registries for t in before.values() if t is not None}
@@ -248,8 +249,7 @@ class _Trial:
         self._write_back()
         for parameter in self.model.parameters():
             parameter.grad = None
-        if not self.model.training:
-            self.model.train()
+        start_training(self.model, self.names)
         random.seed(_SEED)
         np.random.seed(_SEED)  # noqa: NPY002 - the global state is the one models draw from
         torch.manual_seed(_SEED)

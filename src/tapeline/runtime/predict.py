@@ -18,6 +18,7 @@ from tapeline.errors import TapelineError, UnsupportedModelError, UsageError, di
 from tapeline.ledger import OPTIMIZER, Ledger
 from tapeline.planner.profile import StepProfile
 from tapeline.planner.schema import BlockPlan
+from tapeline.runtime.blocks import start_training
 from tapeline.runtime.install import Patches, install_blocks, managed_module
 from tapeline.runtime.library import Library
 from tapeline.runtime.step import LossFn, StepMeter, model_loss, track_training_state
@@ -64,8 +65,7 @@ class FakeStep:
         self.library = Library(nominal_rates(self.device), rules, verifies=False)
         memo: dict[int, Any] = {}
         self.model = fake_copy(self.mode, model, memo)
-        if not self.model.training:
-            self.model.train()
+        start_training(self.model, self.block_names)
         self.batch = batch
         with self.mode:
             self.others = [torch.empty(-(-reserve_bytes // 4), dtype=torch.float32, device=self.device)]
