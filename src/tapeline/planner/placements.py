@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tapeline.planner.rebuild import Rebuild, rebuild
+from tapeline.planner.schedule import Schedule, schedule
 from tapeline.planner.stage import Stage
 
 Floats = NDArray[np.float64]
@@ -52,9 +54,12 @@ class Options:
     forward_peak_safe: Floats
     """The same with what is moved never gone before the part ends."""
     backward_peak: Floats
-    """Bytes alive in each part of the backward, what is kept not included, what is moved from when it is needed."""
+    """Bytes alive in each part of the backward beyond all that the stage keeps, of which some is gone already; what is moved
+    counts from when it is needed."""
     backward_peak_safe: Floats
     """The same with all that the part needs there from its beginning."""
+    schedules: dict[int, Schedule] = field(default_factory=dict, repr=False, compare=False)
+    """Those that were asked for."""
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -62,14 +67,21 @@ class Options:
     def rows(self, indices: Sequence[int] | NDArray[np.intp]) -> Options:
         """Some of the options."""
         places = np.asarray(indices, dtype=np.intp)
+        arrays: dict[str, Any] = {name: getattr(self, name)[places] for name in _ARRAYS}
         return Options(
             stage=self.stage,
             kept=tuple(self.kept[i] for i in places),
             moved=tuple(self.moved[i] for i in places),
             rebuilds=tuple(self.rebuilds[i] for i in places),
             counts={name: table[places] for name, table in self.counts.items()},
-            **{name: getattr(self, name)[places] for name in _ARRAYS},
+            **arrays,
         )
+
+    def schedule(self, index: int) -> Schedule:
+        """What an option does in order; worked out once."""
+        if index not in self.schedules:
+            self.schedules[index] = schedule(self.stage, self.rebuilds[index], self.kept[index], self.moved[index])
+        return self.schedules[index]
 
     def find(self, kept: Sequence[int] | frozenset[int], moved: Sequence[int] | frozenset[int] = ()) -> int:
         """The index of a placement.
@@ -103,12 +115,18 @@ def placements(stage: Stage, like: Options | None = None) -> Options:
     kept: list[frozenset[int]] = []
     moved: list[frozenset[int]] = []
     rebuilds: list[Rebuild] = []
-    for saved in _saved_sets(stage) if like is None else dict.fromkeys(k | m for k, m in _pairs(like)):
+    wanted = None if like is None else set(_pairs(like))
+    for groups in _saved_groups(stage):
+        saved = stage.held.union(*groups)
+        splits = [stage.held.union(*some) for count in range(len(groups) + 1) for some in combinations(groups, count)]
+        if wanted is not None:
+            splits = [split for split in splits if (split, saved - split) in wanted]
         try:
-            plan = rebuild(stage, saved)
+            plan = rebuild(stage, saved) if splits else None
         except ValueError:
+            plan = None
+        if plan is None:
             continue
-        splits = [frozenset(part) for count in range(len(saved) + 1) for part in combinations(sorted(saved), count)]
         keeps = np.zeros((len(splits), len(sizes)))
         for row, split in enumerate(splits):
             keeps[row, sorted(split)] = 1.0
@@ -116,7 +134,7 @@ def placements(stage: Stage, like: Options | None = None) -> Options:
         kept += splits
         moved += [saved - split for split in splits]
         rebuilds += [plan] * len(splits)
-    arrays = {name: np.concatenate([table[name] for table in tables]) for name in _ARRAYS}
+    arrays: dict[str, Any] = {name: np.concatenate([table[name] for table in tables]) for name in _ARRAYS}
     counts = {name: np.concatenate([table[f"{name}_count"] for table in tables]) for name in _COPIED}
     every = Options(
         stage=stage, kept=tuple(kept), moved=tuple(moved), rebuilds=tuple(rebuilds), counts=counts, **arrays
@@ -131,14 +149,13 @@ def _pairs(options: Options) -> Iterator[tuple[frozenset[int], frozenset[int]]]:
     return zip(options.kept, options.moved, strict=True)
 
 
-def _saved_sets(stage: Stage) -> Iterator[frozenset[int]]:
-    """Sets of needed values, with the input and without: what is recomputed may need it though backward does not."""
-    others = [value for value in stage.needed if value]
-    for count in range(len(others) + 1):
-        for chosen in combinations(others, count):
-            yield frozenset(chosen)
+def _saved_groups(stage: Stage) -> Iterator[tuple[frozenset[int], ...]]:
+    """Sets of groups to save, with the input and without: what is recomputed may need it though backward does not."""
+    for count in range(len(stage.choices) + 1):
+        for chosen in combinations(stage.choices, count):
+            yield chosen
             if not stage.is_frozen:
-                yield frozenset((0, *chosen))
+                yield (frozenset((0,)), *chosen)
 
 
 def _table(stage: Stage, plan: Rebuild, keeps: Floats, sizes: Floats) -> dict[str, Floats]:
@@ -150,7 +167,7 @@ def _table(stage: Stage, plan: Rebuild, keeps: Floats, sizes: Floats) -> dict[st
     table |= {f"{name}_count": column for name, column in _copied(stage, plan, moves, np.ones(len(sizes))).items()}
     table |= {"kept_bytes": keeps @ sizes, "moved_bytes": moves @ sizes}
     for name in ("seconds", "forward_peak", "forward_peak_safe", "backward_peak", "backward_peak_safe"):
-        table[name] = np.zeros((len(keeps), stage.num_parts))
+        table[name] = np.full((len(keeps), stage.num_parts), -np.inf)
     table["seconds"][:] = plan.seconds
     for number, op in enumerate(stage.ops):
         part = stage.part_of[number]
@@ -161,16 +178,19 @@ def _table(stage: Stage, plan: Rebuild, keeps: Floats, sizes: Floats) -> dict[st
         _raise(table["forward_peak"], part, peak)
         _raise(table["forward_peak_safe"], part, peak + moves @ (sizes * released))
     for part in range(stage.num_parts):
-        moments = [moment for moment in plan.moments if stage.part_of[moment.op] == part]
-        later = {v for m in moments for v in m.alive if v in plan.saved}
-        for moment in moments:
+        moments = [pair for pair in enumerate(plan.moments) if stage.part_of[pair[1].op] == part]
+        later = {v for _, m in moments for v in m.alive if v in plan.saved}
+        for number, moment in moments:
             alive = np.zeros(len(sizes))
             alive[sorted(moment.alive)] = 1.0
             soon = np.zeros(len(sizes))
             soon[sorted(later - moment.alive)] = 1.0
-            peak = moment.extra_bytes + (1 - keeps) @ (sizes * alive)
+            gone = np.array([plan.last_need.get(value, -1) < number for value in range(len(sizes))])
+            peak = moment.extra_bytes + (1 - keeps) @ (sizes * alive) - keeps @ (sizes * gone)
             _raise(table["backward_peak"], part, peak)
             _raise(table["backward_peak_safe"], part, peak + moves @ (sizes * soon))
+        if not moments:
+            table["backward_peak"][:, part] = table["backward_peak_safe"][:, part] = 0.0
     return table
 
 

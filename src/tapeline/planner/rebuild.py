@@ -33,6 +33,8 @@ class Rebuild:
     """In order of time."""
     first_need: dict[int, int]
     """For each saved value that is used, the moment at which it must be there."""
+    last_need: dict[int, int]
+    """The moment after which it may go."""
     seconds: tuple[float, ...]
     """Time of running operations again, by part whose backward waits for it."""
     flops: int
@@ -52,6 +54,7 @@ def rebuild(stage: Stage, saved: frozenset[int], *, is_lazy: bool = True) -> Reb
     events = _events(stage, saved, is_lazy=is_lazy)
     alive = _alive(stage, saved, events)
     first_need: dict[int, int] = {}
+    last_need: dict[int, int] = {}
     seconds = [0.0] * stage.num_parts
     moments = []
     for number, (op, replays) in enumerate(events):
@@ -59,6 +62,7 @@ def rebuild(stage: Stage, saved: frozenset[int], *, is_lazy: bool = True) -> Reb
         for value in running.needs if replays is None else running.reads:
             if value in saved:
                 first_need.setdefault(value, number)
+                last_need[value] = number
         if replays is not None:
             seconds[stage.part_of[op]] += running.seconds
         moments.append(
@@ -73,7 +77,14 @@ def rebuild(stage: Stage, saved: frozenset[int], *, is_lazy: bool = True) -> Reb
             )
         )
     flops = sum(stage.ops[replays].flops for _, replays in events if replays is not None)
-    return Rebuild(saved=saved, moments=tuple(moments), first_need=first_need, seconds=tuple(seconds), flops=flops)
+    return Rebuild(
+        saved=saved,
+        moments=tuple(moments),
+        first_need=first_need,
+        last_need=last_need,
+        seconds=tuple(seconds),
+        flops=flops,
+    )
 
 
 def _events(stage: Stage, saved: frozenset[int], *, is_lazy: bool) -> list[tuple[int, int | None]]:
@@ -103,6 +114,8 @@ def _closure(stage: Stage, missing: frozenset[int], there: frozenset[int]) -> li
         if value not in stage.producer:
             raise ValueError(f"{stage.names[value]} is given to the block and was not saved")
         op = stage.producer[value]
+        if not stage.ops[op].can_replay:
+            raise ValueError(f"{stage.ops[op].name} must not be run again")
         if op not in found:
             found.add(op)
             stack += [read for read in stage.ops[op].reads if read not in there]

@@ -29,6 +29,8 @@ class StageOp:
     """Floating-point operations of the forward."""
     temporary_bytes: int = 0
     """Bytes alive only while the forward runs."""
+    can_replay: bool = True
+    """Whether it may be run again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,10 @@ class Stage:
     """In the order of the forward."""
     halves: tuple[int, ...] = ()
     """Operations at which another part of the block begins; its parts are planned separately."""
+    units: tuple[frozenset[int], ...] = ()
+    """Values that share one placement, other than the input; none given: each value that backward needs is one."""
+    held: frozenset[int] = frozenset()
+    """Values that stay on the device whatever is chosen."""
     gradient_bytes: int = 0
     """Gradients of weights that its backward leaves."""
     is_frozen: bool = False
@@ -85,6 +91,13 @@ class Stage:
         if self.is_frozen:
             return ()
         return tuple(sorted({value for op in self.ops for value in op.needs}))
+
+    @cached_property
+    def choices(self) -> tuple[frozenset[int], ...]:
+        """Groups of values that are placed together, without the input."""
+        if self.is_frozen:
+            return ()
+        return self.units or tuple(frozenset((value,)) for value in self.needed if value and value not in self.held)
 
     def forward_seconds(self, part: int) -> float:
         """Time of the forward of a part."""

@@ -13,7 +13,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from tapeline.planner.route import Budgets, Links, Route
+from tapeline.planner.schedule import BackwardPiece, Schedule, schedule
 
 FORWARD, LOSS, BACKWARD, RECOMPUTE, OPTIMIZER = "forward", "loss", "backward", "recompute", "optimizer"
 _SLACK = 1e-6
@@ -63,7 +66,9 @@ class DoesNotFit(Exception):  # noqa: N818 - an answer, not a failure
         self.excess = excess
 
 
-def simulate(route: Route, chosen: Sequence[int], budgets: Budgets, links: Links) -> Timeline:
+def simulate(
+    route: Route, chosen: Sequence[int], budgets: Budgets, links: Links, *, is_detailed: bool = False
+) -> Timeline:
     """Run a step.
 
     Args:
@@ -71,11 +76,12 @@ def simulate(route: Route, chosen: Sequence[int], budgets: Budgets, links: Links
         chosen: the option of each stage.
         budgets: bytes of each tier.
         links: bytes per second.
+        is_detailed: list every operation; otherwise short ones are joined with their neighbours.
 
     Raises:
         DoesNotFit: if a tier would have to hold more than its budget.
     """
-    return _Simulation(route, chosen, budgets, links).run()
+    return _Simulation(route, chosen, budgets, links, is_detailed=is_detailed).run()
 
 
 @dataclass(slots=True)
@@ -126,7 +132,10 @@ class _Host:
 
 
 class _Simulation:
-    def __init__(self, route: Route, chosen: Sequence[int], budgets: Budgets, links: Links) -> None:
+    def __init__(
+        self, route: Route, chosen: Sequence[int], budgets: Budgets, links: Links, *, is_detailed: bool
+    ) -> None:
+        self.is_detailed = is_detailed
         self.route, self.chosen, self.budgets, self.links = route, list(chosen), budgets, links
         self.now = self.live = self.peak = 0.0
         self.out_free = self.back_free = self.disk_free = 0.0
@@ -136,7 +145,7 @@ class _Simulation:
         self.host = _Host(budgets.host)
         self.device_frees: list[tuple[float, float]] = []
         self.copies: dict[tuple[int, int], _Copy] = {}
-        self.spilled = 0.0
+        self.spilled = self.loss_bytes = self.loss_peak = 0.0
         moved = sum(float(o.moved_bytes[i]) for o, i in zip(route.choices, self.chosen, strict=True))
         self.moved = moved
         self.to_spill = max(0.0, moved - budgets.host)
@@ -166,21 +175,24 @@ class _Simulation:
     # -- forward ---------------------------------------------------------------------------------------------------
 
     def _forward(self, number: int) -> None:
-        stage = self.route.stages[number]
-        kept, moved = self.route.choices[number].kept[self.chosen[number]], self._moved(number)
-        if 0 in moved:
+        stage, plan = self.route.stages[number], self._schedule(number)
+        if 0 in self._moved(number):
             self._send(number, 0)
-        for place, op in enumerate(stage.ops):
-            made = sum(stage.sizes[value] for value in op.makes)
-            self._step(FORWARD, number, op.name, op.seconds, made + op.temporary_bytes, "memory: copies to the host")
-            self.live += made
-            for value in op.makes:
-                if value in moved:
-                    self._send(number, value)
-            for value in {*op.reads, *op.makes}:
-                if stage.last_use[value] == place and value not in kept and value != len(stage.sizes) - 1:
-                    end = self.copies[number, value].out_end if value in moved else self.now
-                    heapq.heappush(self.device_frees, (max(end, self.now), stage.sizes[value]))
+        for piece in plan.forward:
+            self._step(FORWARD, number, piece.name, piece.seconds, piece.peak_bytes, "memory: copies to the host")
+            self.live += piece.left_bytes
+            for value in piece.moved:
+                self._send(number, value)
+            for value in piece.released:
+                end = max(self.copies[number, value].out_end, self.now)
+                heapq.heappush(self.device_frees, (end, stage.sizes[value]))
+
+    def _schedule(self, number: int) -> Schedule:
+        options, chosen = self.route.choices[number], self.chosen[number]
+        if not self.is_detailed:
+            return options.schedule(chosen)
+        plan, kept, moved = options.rebuilds[chosen], options.kept[chosen], options.moved[chosen]
+        return schedule(options.stage, plan, kept, moved, is_detailed=True)
 
     def _moved(self, number: int) -> frozenset[int]:
         return self.route.choices[number].moved[self.chosen[number]]
@@ -204,57 +216,51 @@ class _Simulation:
 
     # -- backward --------------------------------------------------------------------------------------------------
 
-    def _moments(self) -> tuple[list[tuple[int, int, str, str, float, float]], float]:
-        """Stage, operation, phase, name, seconds and bytes of each moment of backward, without what is fetched early."""
+    def _moments(self) -> tuple[list[tuple[int, BackwardPiece, float]], float]:
+        """Stage, piece and bytes of each moment of backward, without what is fetched early; and bytes at the loss."""
         route = self.route
-        below = [float(o.kept_bytes[i]) for o, i in zip(route.choices, self.chosen, strict=True)]
-        total = float(route.base_bytes + sum(below))
-        moments: list[tuple[int, int, str, str, float, float]] = []
+        kept = [float(o.kept_bytes[i]) for o, i in zip(route.choices, self.chosen, strict=True)]
+        total = float(route.base_bytes + sum(kept))
         loss = total + route.boundary_bytes + route.loss_bytes
+        moments: list[tuple[int, BackwardPiece, float]] = []
         for number in reversed(range(route.num_frozen, len(route.stages))):
-            stage, plan = route.stages[number], route.choices[number].rebuilds[self.chosen[number]]
-            kept = route.choices[number].kept[self.chosen[number]]
-            for place, moment in enumerate(plan.moments):
-                size = float(sum(stage.sizes[value] for value in moment.alive if value not in kept))
-                size += moment.extra_bytes + total + route.gradient_bytes[number]
-                for value, need in plan.first_need.items():
-                    if need == place and (number, value) in self.copies:
-                        self.copies[number, value].need = len(moments) + 1
-                phase = BACKWARD if moment.replays is None else RECOMPUTE
-                op = moment.op if moment.replays is None else moment.replays
-                moments.append((number, moment.op, phase, stage.ops[op].name, moment.seconds, size))
-            total -= below[number]
+            total -= kept[number]
+            for piece in self._schedule(number).backward:
+                moments.append((number, piece, total + piece.num_bytes + route.gradient_bytes[number]))
+                for value in piece.fetched:
+                    self.copies[number, value].need = len(moments)
         return moments, loss
 
-    def _backward(self, moments: list[tuple[int, int, str, str, float, float]], loss: float) -> None:
+    def _backward(self, moments: list[tuple[int, BackwardPiece, float]], loss: float) -> None:
         self._step(LOSS, None, "head and loss", 0.0, loss - self._settled(), "memory: copies to the host")
-        outstanding = sum(size for end, size in self.device_frees if end > self.now)
+        self.loss_bytes, self.loss_peak = loss, loss + self._leaving(self.now)
         fetches = sorted((c for c in self.copies.values() if c.need), key=lambda copy: copy.need)
-        self._open_windows(fetches, [loss + outstanding, *(moment[5] for moment in moments)])
+        sizes = self._open_windows(fetches, [loss, *(size for _, _, size in moments)])
         waiting, reads = deque(fetches), deque(copy for copy in fetches if copy.is_spilled)
         landed: dict[int, float] = {}
         self._fetch(waiting, reads, 0, landed)
-        self._record(LOSS, None, "head and loss", self.route.loss_seconds, 0.0, "", loss + outstanding)
-        last_out = max((end for end, _ in self.device_frees), default=0.0)
-        self.device_frees.clear()
-        for number, (stage, _, phase, name, seconds, size) in enumerate(moments, 1):
+        self._record(LOSS, None, "head and loss", self.route.loss_seconds, 0.0, "", self.loss_peak)
+        last_out = self._last_out()
+        for number, (stage, piece, _) in enumerate(moments, 1):
             self._fetch(waiting, reads, number, landed)
             arrived = landed.get(number, 0.0)
             until = max(self.now, arrived, last_out)
             reason = "" if until <= self.now else "fetch" if arrived >= last_out else "copies to the host"
-            self._record(phase, stage, name, seconds, until - self.now, reason, size)
-            self.recompute += seconds if phase == RECOMPUTE else 0.0
+            phase = RECOMPUTE if piece.replay_seconds > piece.seconds / 2 else BACKWARD
+            self._record(phase, stage, piece.name, piece.seconds, until - self.now, reason, sizes[number])
+            self.recompute += piece.replay_seconds
 
     def _settled(self) -> float:
         """Bytes on the device once every copy to the host has ended."""
         return self.live - sum(size for _, size in self.device_frees)
 
-    def _open_windows(self, fetches: Sequence[_Copy], sizes: Sequence[float]) -> None:
-        """For each fetch, the first moment from which the device has room for it until it is needed."""
-        import numpy as np
+    def _open_windows(self, fetches: Sequence[_Copy], sizes: Sequence[float]) -> list[float]:
+        """For each fetch, the first moment from which the device has room for it until it is needed.
 
+        Returns the bytes on the device in each moment, what is fetched early included.
+        """
         room = self.budgets.device * (1 + _SLACK) - np.array(sizes)
-        if len(room) and room.min() < 0:
+        if room.min() < 0:
             excess = -float(room.min())
             raise DoesNotFit(f"backward needs {excess:.0f} bytes more on the device", excess)
         first = 0
@@ -262,14 +268,14 @@ class _Simulation:
             short = np.nonzero(room[first : copy.need] < copy.size)[0]
             first = copy.begin = first + int(short[-1]) + 1 if len(short) else first
             room[copy.begin : copy.need] -= copy.size
-        self.reserved = self.budgets.device * (1 + _SLACK) - room
+        return [self.budgets.device * (1 + _SLACK) - float(left) for left in room]
 
     def _fetch(self, waiting: deque[_Copy], reads: deque[_Copy], number: int, landed: dict[int, float]) -> None:
         """Begin the fetches that have room from this moment on, and the reads that the host has room for."""
         self._read(reads)
         while waiting and waiting[0].begin <= number:
             copy = waiting.popleft()
-            start = max(self.now, self.back_free, copy.out_end)
+            start = max(self.now, self.back_free, copy.out_end, self._cleared(copy))
             if copy.is_spilled:
                 self._read(reads)
                 if not copy.read_end:
@@ -280,6 +286,26 @@ class _Simulation:
             copy.back_end = self.back_free = start + self.links.latency + copy.size / self.links.to_device
             self.host.give_back(copy.size, copy.back_end)
             landed[copy.need] = max(landed.get(copy.need, 0.0), copy.back_end)
+
+    def _leaving(self, when: float) -> float:
+        """Bytes that copies to the host still hold."""
+        return sum(size for end, size in self.device_frees if end > when)
+
+    def _last_out(self) -> float:
+        return max((end for end, _ in self.device_frees), default=0.0)
+
+    def _cleared(self, copy: _Copy) -> float:
+        """When copies to the host have left room for a fetch: beside the loss as much as it takes, afterwards all of it."""
+        if copy.begin or self.links.both < 2.0:
+            return self._last_out()
+        self.loss_bytes += copy.size
+        start = max(self.now, self.back_free, copy.out_end)
+        for end in sorted(end for end, _ in self.device_frees):
+            if self.loss_bytes + self._leaving(start) <= self.budgets.device * (1 + _SLACK):
+                break
+            start = max(start, end)
+        self.loss_peak = max(self.loss_peak, self.loss_bytes + self._leaving(start))
+        return start
 
     def _read(self, reads: deque[_Copy]) -> None:
         while reads:
