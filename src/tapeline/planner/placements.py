@@ -6,6 +6,7 @@ handful of values that matter in a block, all combinations are listed and the do
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -83,6 +84,10 @@ class Options:
             self.schedules[index] = schedule(self.stage, self.rebuilds[index], self.kept[index], self.moved[index])
         return self.schedules[index]
 
+    def pairs(self) -> Iterator[tuple[frozenset[int], frozenset[int]]]:
+        """Values kept and values moved, by option."""
+        return zip(self.kept, self.moved, strict=True)
+
     def find(self, kept: Sequence[int] | frozenset[int], moved: Sequence[int] | frozenset[int] = ()) -> int:
         """The index of a placement.
 
@@ -90,7 +95,7 @@ class Options:
             KeyError: if it is not among the options.
         """
         wanted = frozenset(kept), frozenset(moved)
-        for index, pair in enumerate(_pairs(self)):
+        for index, pair in enumerate(self.pairs()):
             if pair == wanted:
                 return index
         raise KeyError(f"no option keeps {sorted(wanted[0])} and moves {sorted(wanted[1])}")
@@ -103,29 +108,28 @@ _ARRAYS = (
 )
 
 
-def placements(stage: Stage, like: Options | None = None) -> Options:
+Pair = tuple[frozenset[int], frozenset[int]]
+
+
+def placements(stage: Stage, only: Sequence[Pair] | None = None) -> Options:
     """Every set of saved values, and every split of it into kept and moved, that no other beats.
 
     Args:
         stage: the block.
-        like: take these placements, in their order; their stage has other parts.
+        only: these placements, values kept and values moved, in this order.
+
+    Raises:
+        KeyError: if one of them cannot be carried out.
     """
     sizes = np.array(stage.sizes, dtype=float)
     tables: list[dict[str, Floats]] = []
     kept: list[frozenset[int]] = []
     moved: list[frozenset[int]] = []
     rebuilds: list[Rebuild] = []
-    wanted = None if like is None else set(_pairs(like))
-    for groups in _saved_groups(stage):
-        saved = stage.held.union(*groups)
-        splits = [stage.held.union(*some) for count in range(len(groups) + 1) for some in combinations(groups, count)]
-        if wanted is not None:
-            splits = [split for split in splits if (split, saved - split) in wanted]
+    for saved, splits in _all_splits(stage) if only is None else _given_splits(only):
         try:
-            plan = rebuild(stage, saved) if splits else None
+            plan = rebuild(stage, saved)
         except ValueError:
-            plan = None
-        if plan is None:
             continue
         keeps = np.zeros((len(splits), len(sizes)))
         for row, split in enumerate(splits):
@@ -139,14 +143,23 @@ def placements(stage: Stage, like: Options | None = None) -> Options:
     every = Options(
         stage=stage, kept=tuple(kept), moved=tuple(moved), rebuilds=tuple(rebuilds), counts=counts, **arrays
     )
-    if like is None:
+    if only is None:
         return every.rows(_best(every))
-    places = {pair: index for index, pair in enumerate(_pairs(every))}
-    return every.rows([places[pair] for pair in _pairs(like)])
+    places = {pair: index for index, pair in enumerate(every.pairs())}
+    return every.rows([places[pair] for pair in only])
 
 
-def _pairs(options: Options) -> Iterator[tuple[frozenset[int], frozenset[int]]]:
-    return zip(options.kept, options.moved, strict=True)
+def _all_splits(stage: Stage) -> Iterator[tuple[frozenset[int], list[frozenset[int]]]]:
+    for groups in _saved_groups(stage):
+        some = (part for count in range(len(groups) + 1) for part in combinations(groups, count))
+        yield stage.held.union(*groups), [stage.held.union(*part) for part in some]
+
+
+def _given_splits(only: Sequence[Pair]) -> Iterator[tuple[frozenset[int], list[frozenset[int]]]]:
+    found: dict[frozenset[int], list[frozenset[int]]] = {}
+    for kept, moved in dict.fromkeys(only):
+        found.setdefault(kept | moved, []).append(kept)
+    yield from found.items()
 
 
 def _saved_groups(stage: Stage) -> Iterator[tuple[frozenset[int], ...]]:
@@ -166,32 +179,73 @@ def _table(stage: Stage, plan: Rebuild, keeps: Floats, sizes: Floats) -> dict[st
     table = _copied(stage, plan, moves, sizes)
     table |= {f"{name}_count": column for name, column in _copied(stage, plan, moves, np.ones(len(sizes))).items()}
     table |= {"kept_bytes": keeps @ sizes, "moved_bytes": moves @ sizes}
-    for name in ("seconds", "forward_peak", "forward_peak_safe", "backward_peak", "backward_peak_safe"):
-        table[name] = np.full((len(keeps), stage.num_parts), -np.inf)
-    table["seconds"][:] = plan.seconds
-    for number, op in enumerate(stage.ops):
-        part = stage.part_of[number]
-        made = np.array([stage.producer.get(v, -1) <= number for v in range(len(sizes))])
-        used = np.array([stage.last_use[v] >= number for v in range(len(sizes))]) & made
-        released = made & ~used & np.array([stage.part_of[max(last, 0)] == part for last in stage.last_use])
-        peak = keeps @ (sizes * made) + (1 - keeps) @ (sizes * used) + op.temporary_bytes
-        _raise(table["forward_peak"], part, peak)
-        _raise(table["forward_peak_safe"], part, peak + moves @ (sizes * released))
-    for part in range(stage.num_parts):
-        moments = [pair for pair in enumerate(plan.moments) if stage.part_of[pair[1].op] == part]
-        later = {v for _, m in moments for v in m.alive if v in plan.saved}
-        for number, moment in moments:
-            alive = np.zeros(len(sizes))
-            alive[sorted(moment.alive)] = 1.0
-            soon = np.zeros(len(sizes))
-            soon[sorted(later - moment.alive)] = 1.0
-            gone = np.array([plan.last_need.get(value, -1) < number for value in range(len(sizes))])
-            peak = moment.extra_bytes + (1 - keeps) @ (sizes * alive) - keeps @ (sizes * gone)
-            _raise(table["backward_peak"], part, peak)
-            _raise(table["backward_peak_safe"], part, peak + moves @ (sizes * soon))
-        if not moments:
-            table["backward_peak"][:, part] = table["backward_peak_safe"][:, part] = 0.0
+    table["seconds"] = np.tile(plan.seconds, (len(keeps), 1))
+    forward = _forward_bytes(stage)
+    table["forward_peak"] = forward.peaks(stage, keeps, moves, is_safe=False)
+    table["forward_peak_safe"] = forward.peaks(stage, keeps, moves, is_safe=True)
+    backward = _backward_bytes(stage, plan, sizes)
+    table["backward_peak"] = backward.peaks(stage, keeps, moves, is_safe=False)
+    table["backward_peak_safe"] = backward.peaks(stage, keeps, moves, is_safe=True)
     return table
+
+
+@dataclass(frozen=True, slots=True)
+class _Instants:
+    """Bytes at instants of a stage, by what the placement of each value adds."""
+
+    fixed: Floats
+    """(instants,): whatever is chosen."""
+    if_kept: Floats
+    """(instants, values): more, if the value is kept."""
+    if_moved: Floats
+    """(instants, values): more, if it is moved and no copy has ended before its part does."""
+    parts: tuple[int, ...]
+    """The part of each instant."""
+
+    def peaks(self, stage: Stage, keeps: Floats, moves: Floats, *, is_safe: bool) -> Floats:
+        """The most of each part, (splits, parts); 0 for a part without instants."""
+        some = np.flatnonzero(keeps.any(axis=0) | moves.any(axis=0))
+        table = self.fixed + keeps[:, some] @ self.if_kept[:, some].T
+        if is_safe:
+            table = table + moves[:, some] @ self.if_moved[:, some].T
+        found = np.zeros((len(keeps), stage.num_parts))
+        for part in range(stage.num_parts):
+            columns = [number for number, place in enumerate(self.parts) if place == part]
+            if columns:
+                found[:, part] = table[:, columns].max(axis=1)
+        return found
+
+
+@functools.lru_cache(maxsize=64)
+def _forward_bytes(stage: Stage) -> _Instants:
+    """Each operation of the forward: what it reads, makes and leaves for later ones, and what is kept."""
+    sizes = np.array(stage.sizes, dtype=float)
+    producer = np.array([stage.producer.get(value, -1) for value in range(len(sizes))])
+    last = np.array(stage.last_use)
+    part_of_last = np.array([stage.part_of[max(number, 0)] for number in stage.last_use])
+    numbers = np.arange(len(stage.ops))[:, None]
+    made = producer[None] <= numbers
+    used = made & (last[None] >= numbers)
+    released = made & ~used & (part_of_last[None] == np.array(stage.part_of)[:, None])
+    temporary = np.array([op.temporary_bytes for op in stage.ops], dtype=float)
+    return _Instants(used @ sizes + temporary, (made & ~used) * sizes, released * sizes, stage.part_of)
+
+
+def _backward_bytes(stage: Stage, plan: Rebuild, sizes: Floats) -> _Instants:
+    """Each moment of the backward, beyond all that is kept: what is kept is counted apart, until it goes."""
+    alive = np.zeros((len(plan.moments), len(sizes)), dtype=bool)
+    for number, moment in enumerate(plan.moments):
+        alive[number, sorted(moment.alive)] = True
+    last = np.array([plan.last_need.get(value, -1) for value in range(len(sizes))])
+    gone = last[None] < np.arange(len(plan.moments))[:, None]
+    parts = tuple(stage.part_of[moment.op] for moment in plan.moments)
+    saved = np.array([value in plan.saved for value in range(len(sizes))])
+    soon = np.zeros_like(alive)
+    for part in set(parts):
+        rows = [number for number, place in enumerate(parts) if place == part]
+        soon[rows] = alive[rows].any(axis=0) & saved & ~alive[rows]
+    extra = np.array([moment.extra_bytes for moment in plan.moments], dtype=float)
+    return _Instants(alive @ sizes + extra, -((alive | gone) * sizes), soon * sizes, parts)
 
 
 def _copied(stage: Stage, plan: Rebuild, moves: Floats, sizes: Floats) -> dict[str, Floats]:
@@ -213,10 +267,6 @@ def _copied(stage: Stage, plan: Rebuild, moves: Floats, sizes: Floats) -> dict[s
             if not need or stage.part_of[plan.moments[need - 1].op] != part:
                 table["fetched_first"][:, part] += column
     return table
-
-
-def _raise(column: Floats, part: int, peak: Floats) -> None:
-    column[:, part] = np.maximum(column[:, part], peak)
 
 
 def _best(options: Options) -> list[int]:

@@ -55,6 +55,8 @@ class StepProfile:
     """The step in order of time."""
     blocks: dict[str, BlockFacts]
     """Facts by block name."""
+    outside_flops: int = 0
+    """Operations outside blocks: embeddings, the head and the loss, in forward and backward."""
 
 
 def held_bytes(profile: StepProfile, baseline: StepProfile) -> Counter[str]:

@@ -90,7 +90,7 @@ def rebuild(stage: Stage, saved: frozenset[int], *, is_lazy: bool = True) -> Reb
 def _events(stage: Stage, saved: frozenset[int], *, is_lazy: bool) -> list[tuple[int, int | None]]:
     """What backward runs: for each operation in reverse, the operations to run again for it, then its own backward."""
     order = [] if stage.is_frozen else list(reversed(range(len(stage.ops))))
-    needs_from = [frozenset().union(*(stage.ops[n].needs for n in order[place:])) for place in range(len(order))]
+    needs_from = stage.needed_from
     there: frozenset[int] = frozenset()
     events: list[tuple[int, int | None]] = []
     for place, number in enumerate(order):

@@ -127,7 +127,7 @@ class Route:
         for options in self.choices:
             if id(options) not in finer:
                 parts = tuple(range(1, len(options.stage.ops)))
-                finer[id(options)] = placements(replace(options.stage, halves=parts), like=options)
+                finer[id(options)] = placements(replace(options.stage, halves=parts), only=list(options.pairs()))
         found = tuple(finer[id(options)] for options in self.choices)
         return replace(self, stages=tuple(options.stage for options in found), options=found)
 

@@ -93,6 +93,14 @@ class Stage:
         return tuple(sorted({value for op in self.ops for value in op.needs}))
 
     @cached_property
+    def needed_from(self) -> tuple[frozenset[int], ...]:
+        """The values that backward still reads, from its first operation, which is the last of the forward, to its last."""
+        found: list[frozenset[int]] = [frozenset()]
+        for op in self.ops:
+            found.append(found[-1] | frozenset(op.needs))
+        return tuple(reversed(found[1:]))
+
+    @cached_property
     def choices(self) -> tuple[frozenset[int], ...]:
         """Groups of values that are placed together, without the input."""
         if self.is_frozen:

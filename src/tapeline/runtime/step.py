@@ -106,6 +106,7 @@ class StepMeter:
             memory=_memory(ledger),
             points=tuple(_points(ledger.spans)),
             blocks={name: self._facts(name, seams or {}) for name in self.block_names},
+            outside_flops=sum(flops for (_, block), flops in self.flops.items() if block is None),
         )
 
     def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, span: Span) -> None:

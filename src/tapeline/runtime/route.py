@@ -1,0 +1,154 @@
+"""From a step recorded on tensors without data to a route of the planner over tiers.
+
+The tapes say what each block computes and saves; the ledger says what their formulas leave out: bytes that Python variables and
+temporaries hold, the head and the loss, weights and optimizer state. A model of two layers of each kind stands for all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from tapeline.cost.catalogue import Device
+from tapeline.cost.rates import Rates
+from tapeline.errors import UnsupportedModelError
+from tapeline.ledger import BACKWARD, FORWARD
+from tapeline.planner.placements import placements
+from tapeline.planner.profile import Point, StepProfile
+from tapeline.planner.route import Links, Route
+from tapeline.planner.stage import Stage
+from tapeline.runtime.candidates import Candidates
+from tapeline.tape.graph import Source
+from tapeline.tape.stage import stage_of
+
+_OPTIMIZER_PASSES = 3
+_LINK_SHARE = 0.9
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Whole:
+    """The model that a recorded one stands for."""
+
+    layers: tuple[int, ...]
+    """For each layer, the index of its equal among the recorded blocks."""
+    weight_bytes: int
+    trainable_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A route, and what fills the device beside it."""
+
+    route: Route
+    memory: dict[str, int]
+    """Bytes all the time, by kind."""
+    head_bytes: int
+    """What the head and the loss need at their peak."""
+
+
+def links_of(device: Device) -> Links:
+    """The links of a device, a tenth slower than they are: too fast in the plan costs much more than too slow."""
+    return Links(
+        to_host=_LINK_SHARE * device.device_to_host_bandwidth,
+        to_device=_LINK_SHARE * device.host_to_device_bandwidth,
+        both=device.duplex_factor,
+        latency=device.copy_seconds,
+        disk_write=_LINK_SHARE * device.disk_write_bandwidth,
+        disk_read=_LINK_SHARE * device.disk_read_bandwidth,
+    )
+
+
+def workload(candidates: Candidates, device: Device, dtype: str, whole: Whole | None = None) -> Workload:
+    """The route of a recorded step on a device.
+
+    Args:
+        candidates: the recorded step.
+        device: where it is to run.
+        dtype: of the model's matrix products.
+        whole: the model that the recorded one stands for; default: itself.
+
+    Raises:
+        UnsupportedModelError: if a block has no tape, or is called more than once in a step.
+    """
+    rates = device.rates(dtype)
+    profile, model = candidates.recorded, candidates.step.model
+    stages = [_stage(candidates, profile, name, rates) for name in candidates.names]
+    whole = whole or Whole(layers=tuple(range(len(stages))), weight_bytes=0, trainable_bytes=0)
+    short_trainable = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    trainable = whole.trainable_bytes or short_trainable
+    state = profile.memory["optimizer"] * trainable // max(1, short_trainable)
+    weights = whole.weight_bytes or profile.memory["weights"]
+    in_blocks = sum(stages[layer].gradient_bytes for layer in whole.layers)
+    memory = {
+        "context": device.context_bytes,
+        "weights": weights,
+        "optimizer": state,
+        "gradients outside blocks": max(0, trainable - in_blocks),
+        "batch": profile.memory["batch"],
+    }
+    seconds, head = _head(profile, stages[-1], rates)
+    moved = _OPTIMIZER_PASSES * (trainable + state)
+    shared = {id(stage): placements(stage) for stage in stages}
+    chain = tuple(stages[layer] for layer in whole.layers)
+    route = Route(
+        stages=chain,
+        options=tuple(shared[id(stage)] for stage in chain),
+        loss_seconds=seconds,
+        loss_bytes=max(0, head - 2 * chain[-1].sizes[-1]),
+        base_bytes=sum(memory.values()),
+        optimizer_seconds=moved / rates.memory_bytes if trainable else 0.0,
+    )
+    return Workload(route=route, memory=memory, head_bytes=head)
+
+
+def _stage(candidates: Candidates, profile: StepProfile, name: str, rates: Rates) -> Stage:
+    block: nn.Module = candidates.step.model.get_submodule(name)
+    facts, tapes = profile.blocks[name], candidates.tapes[name]
+    if len(tapes) != 1 or facts.num_calls > 1:
+        reason = facts.reason or f"it is called {facts.num_calls} times in a step"
+        raise UnsupportedModelError(f"Block {name!r} cannot be planned over tiers: {reason}.")
+
+    def is_trained(source: Source) -> bool:
+        parameter = block.get_submodule(source.module)._parameters.get(source.name)
+        return parameter is not None and parameter.requires_grad
+
+    stage = stage_of(tapes[0], rates, is_trained)
+    stage = replace(stage, gradient_bytes=sum(p.nbytes for p in block.parameters() if p.requires_grad))
+    return _calibrated(stage, profile, name)
+
+
+def _calibrated(stage: Stage, profile: StepProfile, name: str) -> Stage:
+    """The stage with what the ledger has seen beyond its formulas when everything was kept."""
+    everything = stage.held | frozenset(stage.needed)
+    kept = placements(stage, only=[(everything, frozenset())])
+    forward, backward = (_point(profile, phase, name) for phase in (FORWARD, BACKWARD))
+    own = stage.sizes[0]
+    assert forward is not None, "its tape was recorded"
+    missing = forward.peak_bytes - forward.start_bytes + own - float(kept.forward_peak.max())
+    ops = [replace(op, temporary_bytes=op.temporary_bytes + max(0, int(missing))) for op in stage.ops]
+    if backward is not None:
+        # the block begins with the gradient of its output, and leaves those of its weights
+        there = backward.peak_bytes - backward.start_bytes + stage.ops[-1].incoming_bytes - stage.gradient_bytes
+        extra = max(0, int(there - float(kept.backward_peak.max())))
+        ops = [
+            replace(op, backward_bytes=op.backward_bytes + extra, incoming_bytes=op.incoming_bytes + extra)
+            for op in ops
+        ]
+    return replace(stage, ops=tuple(ops))
+
+
+def _point(profile: StepProfile, phase: str, name: str) -> Point | None:
+    return next((point for point in profile.points if (point.phase, point.block) == (phase, name)), None)
+
+
+def _head(profile: StepProfile, last: Stage, rates: Rates) -> tuple[float, int]:
+    """Time of what is outside blocks, and bytes of the head and the loss at their peak, the last output included."""
+    places = [i for i, point in enumerate(profile.points) if point.phase == FORWARD and point.block is not None]
+    after = profile.points[places[-1] + 1 :]
+    first = next(
+        (i for i, point in enumerate(after) if point.phase == BACKWARD and point.block is not None), len(after)
+    )
+    peak = max((point.peak_bytes for point in after[:first]), default=0)
+    seconds = profile.outside_flops / rates.matmul_flops
+    return seconds, max(0, peak - profile.points[places[-1]].end_bytes + last.sizes[-1])
