@@ -60,6 +60,8 @@ class Route:
     optimizer_bytes: int = 0
     """What the optimizer step needs beyond gradients."""
     optimizer_seconds: float = 0.0
+    outside_gradient_bytes: int = 0
+    """Gradients of weights outside the stages, made by the backward of the head."""
     keeps_gradients: bool = False
     """Gradients of weights are counted in the base: they live through the forward, as in accumulation."""
     options: tuple[Options, ...] = field(default=(), repr=False)
@@ -119,7 +121,8 @@ class Route:
         if self.keeps_gradients:
             return (0,) * (len(self.stages) + 1)
         sizes = [stage.gradient_bytes for stage in self.stages]
-        return (*(sum(sizes[i:]) for i in range(len(sizes))), sum(sizes))
+        outside = self.outside_gradient_bytes
+        return (*(sum(sizes[i:]) + outside for i in range(len(sizes))), sum(sizes) + outside)
 
     def refined(self) -> Route:
         """The same step planned operation by operation; its options are the same, in the same order."""

@@ -84,7 +84,6 @@ def workload(candidates: Candidates, device: Device, dtype: str, whole: Whole | 
         "context": device.context_bytes,
         "weights": weights,
         "optimizer": state,
-        "gradients outside blocks": max(0, trainable - in_blocks),
         "batch": profile.memory["batch"],
     }
     seconds, head = _head(profile, stages[-1], rates)
@@ -97,6 +96,7 @@ def workload(candidates: Candidates, device: Device, dtype: str, whole: Whole | 
         loss_seconds=seconds,
         loss_bytes=max(0, head - 2 * chain[-1].sizes[-1]),
         base_bytes=sum(memory.values()),
+        outside_gradient_bytes=max(0, trainable - in_blocks),
         optimizer_seconds=moved / rates.memory_bytes if trainable else 0.0,
     )
     return Workload(route=route, memory=memory, head_bytes=head)
