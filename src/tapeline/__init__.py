@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tapeline.api import Report, Session, apply, checkpoint, diagnose, explain, fit, plan
+    from tapeline.api import Report, Session, apply, checkpoint, diagnose, explain, fit, forecast, plan
     from tapeline.errors import (
         InfeasibleBudgetError,
         TapelineError,
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tapeline.ledger import Ledger
     from tapeline.planner.diagnosis import Diagnosis
     from tapeline.planner.explanation import Explanation
+    from tapeline.planner.forecast import Forecast
     from tapeline.planner.schema import Plan
 
 __version__ = "0.1.0"
@@ -28,9 +29,11 @@ _HOMES = {
     "diagnose": "tapeline.api",
     "explain": "tapeline.api",
     "fit": "tapeline.api",
+    "forecast": "tapeline.api",
     "plan": "tapeline.api",
     "Diagnosis": "tapeline.planner.diagnosis",
     "Explanation": "tapeline.planner.explanation",
+    "Forecast": "tapeline.planner.forecast",
     "Plan": "tapeline.planner.schema",
     "Ledger": "tapeline.ledger",
     "TapelineError": "tapeline.errors",
@@ -42,6 +45,7 @@ _HOMES = {
 __all__ = [
     "Diagnosis",
     "Explanation",
+    "Forecast",
     "InfeasibleBudgetError",
     "Ledger",
     "Plan",
@@ -56,6 +60,7 @@ __all__ = [
     "diagnose",
     "explain",
     "fit",
+    "forecast",
     "plan",
 ]
 

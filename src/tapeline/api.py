@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tapeline.integrations.forecast import forecast
 from tapeline.runtime.checkpoint import checkpoint
 from tapeline.runtime.doctor import diagnose
 from tapeline.runtime.explain import explain
@@ -14,7 +15,7 @@ from tapeline.runtime.search import plan
 from tapeline.runtime.session import Report, Session, apply
 from tapeline.units import Budget
 
-__all__ = ["Report", "Session", "apply", "checkpoint", "diagnose", "explain", "fit", "plan"]
+__all__ = ["Report", "Session", "apply", "checkpoint", "diagnose", "explain", "fit", "forecast", "plan"]
 
 
 def fit(

@@ -9,6 +9,7 @@ import typer
 from tapeline import __version__
 from tapeline.cli.doctor import doctor
 from tapeline.cli.explain import explain
+from tapeline.cli.plan import check, plan
 from tapeline.cli.train import train
 from tapeline.errors import TapelineError
 
@@ -21,6 +22,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(name="train", no_args_is_help=False)(train)
+app.command(name="plan")(plan)
+app.command(name="check")(check)
 app.command(name="explain", no_args_is_help=False)(explain)
 app.command(name="doctor", no_args_is_help=False)(doctor)
 

@@ -11,6 +11,7 @@ from tapeline.planner.stage import Stage
 from tapeline.planner.timeline import DoesNotFit, Timeline, simulate
 
 _SMALL = 1024
+_UNLIMITED = 1e18
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,6 +23,8 @@ class Outcome:
     """How it is asked for elsewhere."""
     device_bytes: float
     """Peak of the device, nothing fetched earlier than one value ahead of its need."""
+    free_seconds: float
+    """Time of a step on a device that is large enough."""
     timeline: Timeline | None
     """Under the budgets; ``None`` if it does not fit."""
 
@@ -78,12 +81,14 @@ def outcome(route: Route, name: str, budgets: Budgets, links: Links) -> Outcome:
         timeline = simulate(fixed, chosen, budgets, links)
     except DoesNotFit:
         timeline = None
-    return Outcome(name=name, words=words, device_bytes=_least(fixed, chosen, links), timeline=timeline)
+    free = simulate(fixed, chosen, Budgets(device=_UNLIMITED), links)
+    least = _least(fixed, chosen, links, free.device_peak)
+    return Outcome(name=name, words=words, device_bytes=least, free_seconds=free.seconds, timeline=timeline)
 
 
-def _least(route: Route, chosen: tuple[int, ...], links: Links) -> float:
-    """The smallest device budget under which a plan runs."""
-    low, high = 0.0, simulate(route, chosen, Budgets(device=1e18), links).device_peak
+def _least(route: Route, chosen: tuple[int, ...], links: Links, most: float) -> float:
+    """The smallest device budget under which a plan runs, found between 0 and one that is enough."""
+    low, high = 0.0, most
     while high - low > 1e-4 * high:
         middle = (low + high) / 2
         try:

@@ -45,6 +45,8 @@ class Workload:
     """Bytes all the time, by kind."""
     head_bytes: int
     """What the head and the loss need at their peak."""
+    head_forward_bytes: int
+    """The same in forward alone."""
 
 
 def links_of(device: Device) -> Links:
@@ -86,7 +88,7 @@ def workload(candidates: Candidates, device: Device, dtype: str, whole: Whole | 
         "optimizer": state,
         "batch": profile.memory["batch"],
     }
-    seconds, head = _head(profile, stages[-1], rates)
+    seconds, head, head_forward = _head(profile, stages[-1], rates)
     moved = _OPTIMIZER_PASSES * (trainable + state)
     shared = {id(stage): placements(stage) for stage in stages}
     chain = tuple(stages[layer] for layer in whole.layers)
@@ -99,7 +101,7 @@ def workload(candidates: Candidates, device: Device, dtype: str, whole: Whole | 
         outside_gradient_bytes=max(0, trainable - in_blocks),
         optimizer_seconds=moved / rates.memory_bytes if trainable else 0.0,
     )
-    return Workload(route=route, memory=memory, head_bytes=head)
+    return Workload(route=route, memory=memory, head_bytes=head, head_forward_bytes=head_forward)
 
 
 def _stage(candidates: Candidates, profile: StepProfile, name: str, rates: Rates) -> Stage:
@@ -142,13 +144,16 @@ def _point(profile: StepProfile, phase: str, name: str) -> Point | None:
     return next((point for point in profile.points if (point.phase, point.block) == (phase, name)), None)
 
 
-def _head(profile: StepProfile, last: Stage, rates: Rates) -> tuple[float, int]:
-    """Time of what is outside blocks, and bytes of the head and the loss at their peak, the last output included."""
+def _head(profile: StepProfile, last: Stage, rates: Rates) -> tuple[float, int, int]:
+    """Time of what is outside blocks; bytes of the head and the loss at their peak and in forward, the last output included."""
     places = [i for i, point in enumerate(profile.points) if point.phase == FORWARD and point.block is not None]
     after = profile.points[places[-1] + 1 :]
     first = next(
         (i for i, point in enumerate(after) if point.phase == BACKWARD and point.block is not None), len(after)
     )
-    peak = max((point.peak_bytes for point in after[:first]), default=0)
-    seconds = profile.outside_flops / rates.matmul_flops
-    return seconds, max(0, peak - profile.points[places[-1]].end_bytes + last.sizes[-1])
+    before = profile.points[places[-1]].end_bytes - last.sizes[-1]
+    both, forward = (
+        max((point.peak_bytes - before for point in after[:first] if point.phase in phases), default=0)
+        for phases in ((FORWARD, BACKWARD), (FORWARD,))
+    )
+    return profile.outside_flops / rates.matmul_flops, max(0, both), max(0, forward)

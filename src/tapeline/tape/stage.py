@@ -42,7 +42,7 @@ def stage_of(tape: Tape, rates: Rates, is_trained: Trained) -> Stage:
     incoming, running = _gradients(tape, carrying)
     ops = [
         StageOp(
-            name=f"{op.module}.{op.label}".strip("."),
+            name=_label(op),
             seconds=_forward_seconds(graph, op),
             backward_seconds=_backward_seconds(op, rates, carrying),
             reads=tuple(numbers[v] for v in op.reads if v in numbers),
@@ -193,4 +193,9 @@ def _name(tape: Tape, value: int) -> str:
     if found.producer is None:
         return "input" if is_input(found) else str(found.source)
     op = tape.ops[found.producer]
-    return f"{op.module}.{op.label}".strip(".")
+    return _label(op)
+
+
+def _label(op: Op) -> str:
+    """As `keep` names operations: which attention kernel runs is the device's business."""
+    return f"{op.module}.{'attention' if op.kind == ATTENTION else op.label}".strip(".")
