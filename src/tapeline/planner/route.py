@@ -11,6 +11,8 @@ from typing import NamedTuple
 from tapeline.planner.placements import Options, placements
 from tapeline.planner.stage import Stage
 
+_FINE = 8
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Links:
@@ -125,15 +127,27 @@ class Route:
         return (*(sum(sizes[i:]) + outside for i in range(len(sizes))), sum(sizes) + outside)
 
     def refined(self) -> Route:
-        """The same step planned operation by operation; its options are the same, in the same order."""
+        """The same step planned in finer parts; its options are the same, in the same order."""
         finer: dict[int, Options] = {}
         for options in self.choices:
             if id(options) not in finer:
-                parts = tuple(range(1, len(options.stage.ops)))
-                finer[id(options)] = placements(replace(options.stage, halves=parts), only=list(options.pairs()))
+                stage = replace(options.stage, halves=_fine_parts(options.stage))
+                finer[id(options)] = placements(stage, only=list(options.pairs()))
         found = tuple(finer[id(options)] for options in self.choices)
         return replace(self, stages=tuple(options.stage for options in found), options=found)
 
     def kept_bytes(self, chosen: Sequence[int]) -> float:
         """Bytes on the device between forward and backward."""
         return sum(float(o.kept_bytes[i]) for o, i in zip(self.choices, chosen, strict=True))
+
+
+def _fine_parts(stage: Stage) -> tuple[int, ...]:
+    """Cuts between operations that give parts of about equal time, the stage's own cuts among them."""
+    least = sum(op.seconds + op.backward_seconds for op in stage.ops) / _FINE
+    cuts, seconds = set(stage.halves), 0.0
+    for number, op in enumerate(stage.ops[:-1], 1):
+        seconds += op.seconds + op.backward_seconds
+        if seconds >= least:
+            cuts.add(number)
+            seconds = 0.0
+    return tuple(sorted(cuts))

@@ -7,6 +7,7 @@ temporaries hold, the head and the loss, weights and optimizer state. A model of
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -19,7 +20,7 @@ from tapeline.planner.profile import Point, StepProfile
 from tapeline.planner.route import Links, Route
 from tapeline.planner.stage import Stage
 from tapeline.runtime.candidates import Candidates
-from tapeline.tape.graph import Source
+from tapeline.tape.graph import Source, Tape
 from tapeline.tape.stage import stage_of
 
 _OPTIMIZER_PASSES = 3
@@ -75,7 +76,7 @@ def workload(candidates: Candidates, device: Device, dtype: str, whole: Whole | 
     """
     rates = device.rates(dtype)
     profile, model = candidates.recorded, candidates.step.model
-    stages = [_stage(candidates, profile, name, rates) for name in candidates.names]
+    stages = _stages(candidates, profile, rates)
     whole = whole or Whole(layers=tuple(range(len(stages))), weight_bytes=0, trainable_bytes=0)
     short_trainable = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     trainable = whole.trainable_bytes or short_trainable
@@ -104,20 +105,30 @@ def workload(candidates: Candidates, device: Device, dtype: str, whole: Whole | 
     return Workload(route=route, memory=memory, head_bytes=head, head_forward_bytes=head_forward)
 
 
-def _stage(candidates: Candidates, profile: StepProfile, name: str, rates: Rates) -> Stage:
-    block: nn.Module = candidates.step.model.get_submodule(name)
-    facts, tapes = profile.blocks[name], candidates.tapes[name]
-    if len(tapes) != 1 or facts.num_calls > 1:
-        reason = facts.reason or f"it is called {facts.num_calls} times in a step"
-        raise UnsupportedModelError(f"Block {name!r} cannot be planned over tiers: {reason}.")
+def _stages(candidates: Candidates, profile: StepProfile, rates: Rates) -> list[Stage]:
+    """One stage for each block; blocks with equal tapes and equal trained parts share it."""
+    found: dict[Any, Stage] = {}
+    stages = []
+    for name in candidates.names:
+        facts, tapes = profile.blocks[name], candidates.tapes[name]
+        if len(tapes) != 1 or facts.num_calls > 1:
+            reason = facts.reason or f"it is called {facts.num_calls} times in a step"
+            raise UnsupportedModelError(f"Block {name!r} cannot be planned over tiers: {reason}.")
+        block: nn.Module = candidates.step.model.get_submodule(name)
+        key = tapes[0].digest, tuple(p.requires_grad for p in block.parameters())
+        if key not in found:
+            found[key] = _calibrated(_stage(tapes[0], block, rates), profile, name)
+        stages.append(found[key])
+    return stages
 
+
+def _stage(tape: Tape, block: nn.Module, rates: Rates) -> Stage:
     def is_trained(source: Source) -> bool:
         parameter = block.get_submodule(source.module)._parameters.get(source.name)
         return parameter is not None and parameter.requires_grad
 
-    stage = stage_of(tapes[0], rates, is_trained)
-    stage = replace(stage, gradient_bytes=sum(p.nbytes for p in block.parameters() if p.requires_grad))
-    return _calibrated(stage, profile, name)
+    trained = sum(p.nbytes for p in block.parameters() if p.requires_grad)
+    return replace(stage_of(tape, rates, is_trained), gradient_bytes=trained)
 
 
 def _calibrated(stage: Stage, profile: StepProfile, name: str) -> Stage:
