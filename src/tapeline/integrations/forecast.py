@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from tapeline.cost.catalogue import CPU, Device, find_device
-from tapeline.errors import InfeasibleBudgetError, UsageError
+from tapeline.errors import InfeasibleBudgetError, UsageError, did_you_mean
 from tapeline.integrations.configs import find_config
 from tapeline.integrations.depth import Size, full_size, shortened
 from tapeline.integrations.peft import add_lora
@@ -25,6 +25,7 @@ from tapeline.runtime.predict import FakeStep
 from tapeline.runtime.route import Whole, Workload, links_of, workload
 from tapeline.units import Budget, format_bytes, parse_budget, parse_bytes
 
+_DTYPES = ("bfloat16", "float16", "float32")
 _MARGIN = 0.05
 _GIB = 2**30
 _ALPHA = 16
@@ -58,6 +59,10 @@ class Run:
         if self.load_in_4bit and not self.lora_r:
             raise UsageError(
                 "load_in_4bit trains adapters only: a 4-bit base cannot be trained itself. Give lora_r=16."
+            )
+        if self.dtype not in _DTYPES:
+            raise UsageError(
+                f"Unknown dtype {self.dtype!r}{did_you_mean(self.dtype, _DTYPES)}: use {', '.join(_DTYPES)}."
             )
         for name, least in (("max_length", 2), ("batch_size", 1), ("lora_r", 0)):
             if getattr(self, name) < least:
@@ -109,6 +114,12 @@ def forecast(
     Raises:
         UsageError: for an unknown model or device, or options that contradict each other.
         UnsupportedModelError: if the model cannot be planned.
+
+    Example:
+        >>> import tapeline
+        >>> found = tapeline.forecast("qwen3-0.6b", device="rtx-4090", max_length=128, lora_r=8)
+        >>> found.fits, found.advice
+        (True, "'none' is within 3% of the plan: no activation checkpointing.")
     """
     run = Run(
         model=model,

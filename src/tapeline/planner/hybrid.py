@@ -21,7 +21,7 @@ from tapeline.planner.tightest import Smallest, smallest, tightest
 from tapeline.planner.timeline import DoesNotFit, Timeline, simulate
 
 _GOAL = 0.002
-_COARSE = 0.005
+_COARSE = 0.01
 _MAX_PLANS = 7000
 _MARGINS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 _NEAR = (0.0, 0.003, 0.01, 0.05)
@@ -85,7 +85,9 @@ class _Search:
         return False
 
 
-def solve(route: Route, budgets: Budgets, links: Links, *, tries: int = 100) -> Hybrid:
+def solve(
+    route: Route, budgets: Budgets, links: Links, *, tries: int = 100, also: Sequence[Sequence[int]] = ()
+) -> Hybrid:
     """Place the values of a step.
 
     Args:
@@ -93,14 +95,19 @@ def solve(route: Route, budgets: Budgets, links: Links, *, tries: int = 100) -> 
         budgets: bytes of each tier.
         links: bytes per second.
         tries: changes of single stages to try while the plan is not within 0.2 % of the bound.
+        also: plans to try as well, such as that of a smaller budget; the answer is not slower than those of them that fit.
 
     Raises:
         Infeasible: if no plan was found.
     """
+    search = _Search(route, budgets, links)
+    if search.try_(keep_everything(route)) and search.best is not None and search.timeline is not None:
+        return Hybrid(chosen=search.best, timeline=search.timeline, lower_bound=route.base_seconds)
     bound = Relaxation(route, budgets, links, is_safe=False)
     mixture = bound.solve()
-    search = _Search(route, budgets, links)
     goal = mixture.lower_bound * (1 + _GOAL)
+    for candidate in also:
+        search.try_(candidate)
     if not mixture.excess_bytes:
         _round_margins(search, route, bound.columns, goal)
         _improve(search, mixture, goal, tries)
@@ -114,6 +121,15 @@ def solve(route: Route, budgets: Budgets, links: Links, *, tries: int = 100) -> 
     if search.best is None or search.timeline is None:
         raise Infeasible(smallest(route, budgets, links))
     return Hybrid(chosen=search.best, timeline=search.timeline, lower_bound=mixture.lower_bound)
+
+
+def keep_everything(route: Route) -> tuple[int, ...]:
+    """The plan that recomputes and moves nothing, with the fewest bytes for that."""
+    chosen = []
+    for options in route.choices:
+        work = options.seconds.sum(axis=1) + options.moved_bytes
+        chosen.append(int(np.lexsort((options.kept_bytes, work))[0]))
+    return tuple(chosen)
 
 
 def _round_margins(search: _Search, route: Route, columns: list[set[int]], goal: float) -> None:

@@ -111,12 +111,13 @@ _ARRAYS = (
 Pair = tuple[frozenset[int], frozenset[int]]
 
 
-def placements(stage: Stage, only: Sequence[Pair] | None = None) -> Options:
+def placements(stage: Stage, only: Sequence[Pair] | None = None, *, is_lazy: bool = True) -> Options:
     """Every set of saved values, and every split of it into kept and moved, that no other beats.
 
     Args:
         stage: the block.
         only: these placements, values kept and values moved, in this order.
+        is_lazy: recompute each value when it is first needed; otherwise a block's all at once, as checkpoints do.
 
     Raises:
         KeyError: if one of them cannot be carried out.
@@ -128,7 +129,7 @@ def placements(stage: Stage, only: Sequence[Pair] | None = None) -> Options:
     rebuilds: list[Rebuild] = []
     for saved, splits in _all_splits(stage) if only is None else _given_splits(only):
         try:
-            plan = rebuild(stage, saved)
+            plan = rebuild(stage, saved, is_lazy=is_lazy)
         except ValueError:
             continue
         keeps = np.zeros((len(splits), len(sizes)))

@@ -70,9 +70,7 @@ def rebuild(stage: Stage, saved: frozenset[int], *, is_lazy: bool = True) -> Reb
                 op=op,
                 seconds=running.backward_seconds if replays is None else running.seconds,
                 alive=frozenset(alive[number]),
-                extra_bytes=running.backward_bytes
-                if replays is None
-                else running.temporary_bytes + stage.ops[op].incoming_bytes,
+                extra_bytes=running.backward_bytes if replays is None else stage.ops[op].incoming_bytes,
                 replays=replays,
             )
         )

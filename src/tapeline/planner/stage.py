@@ -28,7 +28,7 @@ class StageOp:
     flops: int = 0
     """Floating-point operations of the forward."""
     temporary_bytes: int = 0
-    """Bytes alive only while the forward runs."""
+    """Bytes alive only while the forward runs, as Python variables hold them; a replay has none."""
     can_replay: bool = True
     """Whether it may be run again."""
 

@@ -74,7 +74,7 @@ def outcome(route: Route, name: str, budgets: Budgets, links: Links) -> Outcome:
     for stage in route.stages:
         if id(stage) not in options:
             pair = (frozenset[int](), frozenset[int]()) if stage.is_frozen else place(stage)
-            options[id(stage)] = placements(stage, only=[pair])
+            options[id(stage)] = placements(stage, only=[pair], is_lazy=False)
     fixed = replace(route, options=tuple(options[id(stage)] for stage in route.stages))
     chosen = (0,) * len(route.stages)
     try:

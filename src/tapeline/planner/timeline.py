@@ -259,16 +259,17 @@ class _Simulation:
 
         Returns the bytes on the device in each moment, what is fetched early included.
         """
-        room = self.budgets.device * (1 + _SLACK) - np.array(sizes)
-        if room.min() < 0:
-            excess = -float(room.min())
+        there, limit = np.array(sizes), self.budgets.device * (1 + _SLACK)
+        if there.max() > limit:
+            excess = float(there.max()) - limit
             raise DoesNotFit(f"backward needs {excess:.0f} bytes more on the device", excess)
         first = 0
         for copy in fetches:
-            short = np.nonzero(room[first : copy.need] < copy.size)[0]
+            short = np.nonzero(there[first : copy.need] + copy.size > limit)[0]
             first = copy.begin = first + int(short[-1]) + 1 if len(short) else first
-            room[copy.begin : copy.need] -= copy.size
-        return [self.budgets.device * (1 + _SLACK) - float(left) for left in room]
+            there[copy.begin : copy.need] += copy.size
+        found: list[float] = there.tolist()
+        return found
 
     def _fetch(self, waiting: deque[_Copy], reads: deque[_Copy], number: int, landed: dict[int, float]) -> None:
         """Begin the fetches that have room from this moment on, and the reads that the host has room for."""
@@ -296,10 +297,11 @@ class _Simulation:
 
     def _cleared(self, copy: _Copy) -> float:
         """When copies to the host have left room for a fetch: beside the loss as much as it takes, afterwards all of it."""
-        if copy.begin or self.links.both < 2.0:
+        if copy.begin:
             return self._last_out()
         self.loss_bytes += copy.size
-        start = max(self.now, self.back_free, copy.out_end)
+        turn = self._last_out() if self.links.both < 2.0 else 0.0
+        start = max(self.now, self.back_free, copy.out_end, turn)
         for end in sorted(end for end, _ in self.device_frees):
             if self.loss_bytes + self._leaving(start) <= self.budgets.device * (1 + _SLACK):
                 break

@@ -83,20 +83,20 @@ def workload(candidates: Candidates, device: Device, dtype: str, whole: Whole | 
     state = profile.memory["optimizer"] * trainable // max(1, short_trainable)
     weights = whole.weight_bytes or profile.memory["weights"]
     in_blocks = sum(stages[layer].gradient_bytes for layer in whole.layers)
+    first, head, head_forward = _outside(profile, stages)
     memory = {
         "context": device.context_bytes,
         "weights": weights,
         "optimizer": state,
-        "batch": profile.memory["batch"],
+        "batch and tables": profile.memory["batch"] + first,
     }
-    seconds, head, head_forward = _head(profile, stages[-1], rates)
     moved = _OPTIMIZER_PASSES * (trainable + state)
     shared = {id(stage): placements(stage) for stage in stages}
     chain = tuple(stages[layer] for layer in whole.layers)
     route = Route(
         stages=chain,
         options=tuple(shared[id(stage)] for stage in chain),
-        loss_seconds=seconds,
+        loss_seconds=profile.outside_flops / rates.matmul_flops,
         loss_bytes=max(0, head - 2 * chain[-1].sizes[-1]),
         base_bytes=sum(memory.values()),
         outside_gradient_bytes=max(0, trainable - in_blocks),
@@ -155,16 +155,20 @@ def _point(profile: StepProfile, phase: str, name: str) -> Point | None:
     return next((point for point in profile.points if (point.phase, point.block) == (phase, name)), None)
 
 
-def _head(profile: StepProfile, last: Stage, rates: Rates) -> tuple[float, int, int]:
-    """Time of what is outside blocks; bytes of the head and the loss at their peak and in forward, the last output included."""
+def _outside(profile: StepProfile, stages: list[Stage]) -> tuple[int, int, int]:
+    """Bytes beside blocks: held from before the first on; of the head and the loss at their peak, and in forward alone.
+
+    The last two contain the last output and whatever else is there at the loss beyond what the stages keep.
+    """
+    kinds = ("weights", "optimizer", "batch")
+    fixed = sum(profile.memory[kind] for kind in kinds)
     places = [i for i, point in enumerate(profile.points) if point.phase == FORWARD and point.block is not None]
+    first = max(0, profile.points[places[0]].start_bytes - fixed - stages[0].sizes[0])
+    kept = sum(stage.sizes[value] for stage in stages for value in stage.held | set(stage.needed))
     after = profile.points[places[-1] + 1 :]
-    first = next(
-        (i for i, point in enumerate(after) if point.phase == BACKWARD and point.block is not None), len(after)
-    )
-    before = profile.points[places[-1]].end_bytes - last.sizes[-1]
+    end = next((i for i, point in enumerate(after) if point.phase == BACKWARD and point.block is not None), len(after))
     both, forward = (
-        max((point.peak_bytes - before for point in after[:first] if point.phase in phases), default=0)
+        max((point.peak_bytes - fixed - first - kept for point in after[:end] if point.phase in phases), default=0)
         for phases in ((FORWARD, BACKWARD), (FORWARD,))
     )
-    return profile.outside_flops / rates.matmul_flops, max(0, both), max(0, forward)
+    return first, max(0, both), max(0, forward)
