@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bench.planner import COLUMNS, GOALS, main
 
 ROOT = Path(__file__).parent.parent
 WAYS = ("none", "checkpoint", "cheap", "recompute", "least")
@@ -48,3 +49,27 @@ def test_operations_are_as_predicted(record: dict[str, Any]) -> None:
         assert row["flops_ratio"] == pytest.approx(row.get("predicted_flops_ratio", row["flops_ratio"]), abs=1e-3)
         if row["way"] in ("none", "cheap"):
             assert row["matmuls_replayed"] == row["attentions_replayed"] == 0
+
+
+def test_the_sweep_of_plans_records_gaps_and_what_was_expected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "planner.json"
+    main(["--instances", "2", "--gib", "6.11", "--out", str(path)])
+    found = json.loads(path.read_text())
+    assert {"case", "device", "hardware", "packages", "config", "groups", "seconds"} <= found.keys()
+    assert [(row["device"], row["training"]) for row in found["headline"]] == list(COLUMNS)
+    for row in found["headline"]:
+        assert row["overhead"] == pytest.approx(row["expected"], abs=0.01)
+    assert len(found["rows"]) == found["groups"]["all"]["instances"] == 2
+    for row in [*found["rows"], *found["headline"]]:
+        assert row["gap"] >= 0
+        assert row["bound"] <= row["overhead"] + 1e-9
+        assert row["device_peak"] <= row["device_bytes"] * (1 + 1e-5)
+    assert found["config"]["goals"] == GOALS
+    assert "largest gaps:" in capsys.readouterr().out
+
+
+def test_a_record_of_part_of_the_plans_needs_a_place_of_its_own() -> None:
+    with pytest.raises(SystemExit):
+        main(["--gib", "6.11"])
