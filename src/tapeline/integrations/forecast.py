@@ -140,11 +140,11 @@ def forecast(
 def _budgets(
     device: Device, budget: str | int | float | Budget | None, host: str | int | None, disk: str | int
 ) -> Budgets:
-    wanted = parse_budget(budget)
-    share = 1 - _MARGIN if wanted is None or wanted.auto else wanted.fraction
-    own = int(device.memory_bytes * share) if share is not None else wanted.num_bytes if wanted is not None else None
-    if own is None or own <= 0:
-        raise UsageError(f"Cannot read {budget!r} as a budget.")
+    wanted = parse_budget(budget) or Budget(auto=True)
+    if wanted.num_bytes is not None:
+        own = wanted.num_bytes
+    else:
+        own = int(device.memory_bytes * (1 - _MARGIN if wanted.fraction is None else wanted.fraction))
     if device.name == CPU:
         return Budgets(device=own, host=0, disk=_bytes(disk))
     return Budgets(device=own, host=math.inf if host is None else _bytes(host), disk=_bytes(disk))

@@ -88,13 +88,12 @@ def simulate(
 class _Copy:
     """A value on its way out and back."""
 
-    stage: int
-    value: int
     size: float
     is_spilled: bool
     out_end: float = 0.0
     """When it has arrived on the host, or on the disk if it is spilled."""
     back_end: float = math.inf
+    """When it is on the device again."""
     need: int = 0
     """The moment of backward that needs it."""
     begin: int = 0
@@ -200,7 +199,7 @@ class _Simulation:
     def _send(self, number: int, value: int) -> None:
         """Copy to the host, and on to the disk if the host cannot hold all; the first to go are needed last."""
         size = float(self.route.stages[number].sizes[value])
-        copy = _Copy(stage=number, value=value, size=size, is_spilled=self.spilled < self.to_spill)
+        copy = _Copy(size=size, is_spilled=self.spilled < self.to_spill)
         start = self.host.room(size, max(self.now, self.out_free))
         if start is None:
             raise DoesNotFit(f"a value of {size:.0f} bytes does not fit the host", size)
@@ -286,7 +285,7 @@ class _Simulation:
                 start = max(start, copy.read_end)
             copy.back_end = self.back_free = start + self.links.latency + copy.size / self.links.to_device
             self.host.give_back(copy.size, copy.back_end)
-            landed[copy.need] = max(landed.get(copy.need, 0.0), copy.back_end)
+            landed[copy.need] = copy.back_end  # first in, first out: the last to land
 
     def _leaving(self, when: float) -> float:
         """Bytes that copies to the host still hold."""

@@ -117,7 +117,10 @@ def _stages(candidates: Candidates, profile: StepProfile, rates: Rates) -> list[
         block: nn.Module = candidates.step.model.get_submodule(name)
         key = tapes[0].digest, tuple(p.requires_grad for p in block.parameters())
         if key not in found:
-            found[key] = _calibrated(_stage(tapes[0], block, rates), profile, name)
+            try:
+                found[key] = _calibrated(_stage(tapes[0], block, rates), profile, name)
+            except ValueError as error:
+                raise UnsupportedModelError(f"Block {name!r} cannot be planned over tiers: {error}.") from error
         stages.append(found[key])
     return stages
 

@@ -157,9 +157,7 @@ def _units(graph: BlockGraph, order: Sequence[int]) -> tuple[list[frozenset[int]
     attention to make again is placed value by value; of too many, neighbours of the least bytes are joined. Values of next to no
     bytes are held.
     """
-    dear = {
-        value for policy, choice in front(graph) if policy.drops_all or not policy.keeps_all for value in choice.held
-    }
+    dear = {value for policy, choice in front(graph) if not policy.keeps_all for value in choice.held}
     cheap_choice = choose(graph, CHEAP).held
     total = sum(graph.values[v].num_bytes for v in graph.saved) or 1
     must = {v for v in order[1:] if graph.values[v].must_hold}
@@ -192,8 +190,7 @@ def _name(tape: Tape, value: int) -> str:
     found = tape.values[value]
     if found.producer is None:
         return "input" if is_input(found) else str(found.source)
-    op = tape.ops[found.producer]
-    return _label(op)
+    return _label(tape.ops[found.producer])
 
 
 def _label(op: Op) -> str:
