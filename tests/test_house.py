@@ -18,6 +18,7 @@ SOURCE = Path(tapeline.__file__).parent
 STOREYS = (
     {"errors", "units", "table", "compat"},
     {"planner"},
+    {"report"},
     {"ledger"},
     {"cost"},
     {"tape"},
@@ -28,7 +29,7 @@ STOREYS = (
     {"cli"},
     {"__init__", "__main__"},
 )
-WITHOUT_TORCH = ("errors", "units", "table", "planner", "cli", "__init__", "__main__")
+WITHOUT_TORCH = ("errors", "units", "table", "planner", "report", "cli", "__init__", "__main__")
 FRAMEWORKS = {"transformers", "peft", "bitsandbytes", "trl", "accelerate", "tokenizers"}
 
 
@@ -76,6 +77,16 @@ def test_frameworks_are_imported_inside_functions_of_integrations_and_train_only
         assert not roots & FRAMEWORKS, path
         if path.relative_to(SOURCE).parts[0] not in ("integrations", "train"):
             assert not {name.split(".")[0] for name in imports(path)} & FRAMEWORKS, path
+
+
+def test_a_page_is_made_of_data_alone_and_only_those_who_show_it_know_how() -> None:
+    for path in files():
+        part = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+        known = {name.split(".")[1] for name in imports(path) if name.startswith("tapeline.")}
+        if part == "report":
+            assert known <= {"report", "planner", "units", "errors", "table"}, path
+        elif part not in ("cli", "__init__"):
+            assert "report" not in known, path
 
 
 def test_nothing_happens_at_import() -> None:

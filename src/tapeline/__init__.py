@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tapeline.planner.explanation import Explanation
     from tapeline.planner.forecast import Forecast
     from tapeline.planner.schema import Plan
+    from tapeline.report.html import to_html
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ _HOMES = {
     "Explanation": "tapeline.planner.explanation",
     "Forecast": "tapeline.planner.forecast",
     "Plan": "tapeline.planner.schema",
+    "to_html": "tapeline.report.html",
     "Ledger": "tapeline.ledger",
     "TapelineError": "tapeline.errors",
     "UsageError": "tapeline.errors",
@@ -62,6 +64,7 @@ __all__ = [
     "fit",
     "forecast",
     "plan",
+    "to_html",
 ]
 
 

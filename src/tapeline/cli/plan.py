@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -51,11 +52,15 @@ def plan(
         bool, typer.Option("--quick", help="Also what the usual rules of thumb say, and where they err.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write it as one self-contained HTML page, too.")
+    ] = None,
 ) -> None:
     """Say whether a fine-tuning run fits, at what cost, and what every known setting would give.
 
     Nothing is loaded and nothing runs: the model is built without weights. Exit code 3: it does not fit.
     """
+    _check_target(html)
     found = _forecast(locals())
     if as_json:
         sys.stdout.write(found.to_json() + "\n")
@@ -63,6 +68,8 @@ def plan(
         sys.stdout.write(f"{found}\n")
         if quick:
             sys.stdout.write(f"\n{_rules(found, lora_r=lora_r, load_in_4bit=load_in_4bit)}\n")
+    if html is not None:
+        _write_page(found, html)
     if not found.plan.fits:
         raise typer.Exit(3)
 
@@ -91,8 +98,23 @@ def _forecast(given: dict[str, object]) -> Forecast:
     quiet_libraries()
     from tapeline.integrations.forecast import forecast
 
-    options = {name: value for name, value in given.items() if name not in ("model", "gpu", "quick", "as_json")}
+    own = ("model", "gpu", "quick", "as_json", "html")
+    options = {name: value for name, value in given.items() if name not in own}
     return forecast(str(given["model"]), device=str(given["gpu"]), **options)  # type: ignore[arg-type]
+
+
+def _check_target(html: Path | None) -> None:
+    """A wrong path is said before the model is recorded, not after."""
+    if html is not None:
+        from tapeline.report.file import check_target
+
+        check_target(html)
+
+
+def _write_page(found: Forecast, html: Path) -> None:
+    from tapeline.report.html import to_html
+
+    sys.stderr.write(f"page: {to_html(found, html)}\n")
 
 
 def _rules(found: Forecast, *, lora_r: int, load_in_4bit: bool) -> str:

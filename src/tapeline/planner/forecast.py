@@ -116,6 +116,21 @@ class Forecast:
                 return f"{row.name!r} is within {_CLOSE:.0%} of the plan: {row.words}."
         return ""
 
+    @property
+    def bound_slowdown(self) -> float | None:
+        """The bound as a multiple of a step with nothing recomputed or moved; ``None`` if nothing fits."""
+        if self.bound_seconds is None or not self.plan.seconds or not self.plan.slowdown:
+            return None
+        return self.plan.slowdown * self.bound_seconds / self.plan.seconds
+
+    @property
+    def memory_note(self) -> str:
+        """What is most of the untouched peak, where that is not the activations; empty where it is."""
+        largest = max(self.memory, key=lambda kind: self.memory[kind], default="activations")
+        return (
+            "" if largest == "activations" else f"Most of it is {largest}, which no placement of activations changes."
+        )
+
     def to_json(self) -> str:
         """Write it as JSON text."""
         return json.dumps(asdict(self), indent=2, allow_nan=False)
@@ -131,11 +146,8 @@ class Forecast:
         )
         total = sum(self.memory.values()) or 1
         rows = [(kind, format_bytes(size), f"{size / total:.0%}") for kind, size in self.memory.items() if size]
-        largest = max(self.memory, key=lambda kind: self.memory[kind])
-        said = (
-            "" if largest == "activations" else f"\nMost of it is {largest}, which no placement of activations changes."
-        )
-        yield text_table(("untouched peak", format_bytes(total), "share"), rows) + said
+        said = [self.memory_note] if self.memory_note else []
+        yield "\n".join([text_table(("untouched peak", format_bytes(total), "share"), rows), *said])
 
     @property
     def verdict(self) -> str:
@@ -162,10 +174,10 @@ class Forecast:
                 cells += [f"{row.seconds:.3f} s", f"{row.slowdown:.3f}x", format_bytes(row.host_bytes)]
                 cells += [f"{row.recompute_seconds / row.seconds:.1%}", f"{row.waiting_seconds / row.seconds:.1%}"]
             lines.append([*cells, row.words])
-        if self.bound_seconds is not None and self.plan.seconds and self.plan.slowdown:
-            share = self.plan.slowdown * self.bound_seconds / self.plan.seconds
+        if self.bound_slowdown is not None:
             empty = [""] * (3 if has_longest else 1)
-            lines.append(["lower bound", *empty, f"{self.bound_seconds:.3f} s", f"{share:.3f}x", "", "", "", ""])
+            bound = [f"{self.bound_seconds:.3f} s", f"{self.bound_slowdown:.3f}x"]
+            lines.append(["lower bound", *empty, *bound, "", "", "", ""])
         last = max(len(line[-1]) for line in lines)
         lines = [[*line[:-1], line[-1].ljust(last)] for line in lines]
         return text_table([*header[:-1], header[-1].ljust(last)], lines)

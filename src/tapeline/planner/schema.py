@@ -137,10 +137,12 @@ class Plan:
         return cls(**data)
 
     def __str__(self) -> str:
-        parts = [self._headline(), _memory_table(self), _alternatives_table(self), *(f"note: {n}" for n in self.notes)]
+        parts = [self.headline, _memory_table(self), _alternatives_table(self), *(f"note: {n}" for n in self.notes)]
         return "\n\n".join(parts)
 
-    def _headline(self) -> str:
+    @property
+    def headline(self) -> str:
+        """The plan in a sentence: its peak, its cost, and how many blocks it touches."""
         num_managed = sum(block.saved != "device" for block in self.blocks)
         num_dropped = sum(block.input == "recompute" for block in self.blocks)
         budget = "no budget" if self.budget_bytes is None else f"budget {format_bytes(self.budget_bytes)}"
