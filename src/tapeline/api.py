@@ -11,8 +11,9 @@ from tapeline.integrations.forecast import forecast
 from tapeline.runtime.checkpoint import checkpoint
 from tapeline.runtime.doctor import diagnose
 from tapeline.runtime.explain import explain
-from tapeline.runtime.search import plan
+from tapeline.runtime.search import Search, plan
 from tapeline.runtime.session import Report, Session, apply
+from tapeline.runtime.shape_plans import ShapePlans
 from tapeline.units import Budget
 
 __all__ = ["Report", "Session", "apply", "checkpoint", "diagnose", "explain", "fit", "forecast", "plan"]
@@ -26,6 +27,7 @@ def fit(
     measure: bool = True,
     audit_every: int = 100,
     strict: bool = False,
+    per_shape: bool = False,
     **options: Any,
 ) -> Session:
     """Plan for `batch` under `budget` and put the plan in force at once.
@@ -37,6 +39,8 @@ def fit(
         measure: as in `Session`.
         audit_every: as in `Session`.
         strict: as in `Session`.
+        per_shape: make a plan for each shape of batch, of all that are up to a quarter smaller than it. The plan of a shape that
+            was not seen before is made in another thread while the plan for the next larger shape serves. Mode ``auto`` only.
         **options: the other arguments of `plan`.
 
     Returns:
@@ -53,5 +57,7 @@ def fit(
     """
     optimizer = options.get("optimizer")
     known = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
-    made = plan(model, batch, budget, **options)
-    return apply(model, made, measure=measure, optimizer=known, audit_every=audit_every, strict=strict)
+    search = Search(model, batch, budget, **options)
+    made = search.plan()
+    shapes = ShapePlans(search, made) if per_shape else None
+    return Session(model, made, measure=measure, optimizer=known, audit_every=audit_every, strict=strict, shapes=shapes)

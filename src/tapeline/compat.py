@@ -62,9 +62,8 @@ def allow_attention_kernels(allowed: tuple[bool, ...]) -> None:
 Autocast = tuple[tuple[str, torch.dtype], ...]
 """The kinds of device that autocast is on for, each with its dtype."""
 
-_AUTOCAST_KEYS = {
-    kind: getattr(torch._C.DispatchKey, f"Autocast{kind.upper()}") for kind in ("cpu", "cuda", "xpu", "mps")
-}
+AUTOCAST_KINDS = ("cpu", "cuda", "xpu", "mps")
+_AUTOCAST_KEYS = {kind: getattr(torch._C.DispatchKey, f"Autocast{kind.upper()}") for kind in AUTOCAST_KINDS}
 
 
 def autocast_state() -> Autocast:

@@ -78,7 +78,7 @@ def adapted(config: Any) -> nn.Module:
 
 def digests(model: nn.Module) -> list[list[str]]:
     """The tapes of each layer in one step."""
-    candidates = Candidates(FakeStep(model, token_batch(), find_blocks(model)), model)
+    candidates = Candidates(FakeStep(model, token_batch(), find_blocks(model)))
     return [[tape.digest for tape in candidates.tapes[name]] for name in layer_names(model)]
 
 

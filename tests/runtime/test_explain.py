@@ -54,7 +54,7 @@ def test_rows_add_up_to_what_the_planner_says(name: str, mode: str) -> None:
     family = FAMILIES[name]()
     explanation = explain(family, mode)
     names = find_blocks(family.model)
-    candidates = Candidates(FakeStep(family.model, family.batch, names, loss_fn=family.loss_fn), family.model)
+    candidates = Candidates(FakeStep(family.model, family.batch, names, loss_fn=family.loss_fn))
     tapes = {tape.digest: tape for tape in candidates.tapes[explanation.block]}
     assert [tape.digest for tape in explanation.tapes] == list(tapes)
     for tape in explanation.tapes:

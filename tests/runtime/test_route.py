@@ -67,7 +67,7 @@ def recorded(family: str, lora_r: int, *, is_short: bool) -> tuple[Candidates, W
     step = FakeStep(model, {"input_ids": ids, "labels": ids}, find_blocks(model, None), optimizer="AdamW")
     size = full_size(model, kinds)
     whole = Whole(layers=tuple(kinds), weight_bytes=size.weight_bytes, trainable_bytes=size.trainable_bytes)
-    return Candidates(step, model), whole
+    return Candidates(step), whole
 
 
 def planned(family: str, lora_r: int, *, is_short: bool = True) -> Workload:
@@ -158,6 +158,6 @@ def test_a_block_that_is_called_twice_is_refused() -> None:
             return x.sum()
 
     model = Shared()
-    candidates = Candidates(FakeStep(model, torch.randn(4, 8), find_blocks(model, None)), model)
+    candidates = Candidates(FakeStep(model, torch.randn(4, 8), find_blocks(model, None)))
     with pytest.raises(UnsupportedModelError, match="cannot be planned over tiers: it is called 2 times in a step"):
         workload(candidates, DEVICE, "float32")

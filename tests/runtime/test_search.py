@@ -46,7 +46,7 @@ def test_any_mixture_of_choices_is_composed_as_it_runs(name: str) -> None:
     """The peak that the solver computes for a choice is the peak of that choice when it is executed."""
     tiny = FAMILIES[name]()
     names = [block.name for block in plan_for(tiny, mode="none").blocks]
-    candidates = Candidates(FakeStep(tiny.model, tiny.batch, names, optimizer="AdamW"), tiny.model)
+    candidates = Candidates(FakeStep(tiny.model, tiny.batch, names, optimizer="AdamW"))
     chain = candidates.chain()
     by_choice = {(option.block, option.kind): option for option in chain.options}
     for keep in ({0}, {len(names) - 1}, {1, 2}, set(range(0, len(names), 2))):

@@ -164,7 +164,7 @@ def _workload(run: Run, device: Device) -> tuple[Workload, Size]:
     step = FakeStep(model, batch, find_blocks(model, None), optimizer=run.optimizer)
     size = full_size(model, kinds)
     whole = Whole(layers=tuple(kinds), weight_bytes=size.weight_bytes, trainable_bytes=size.trainable_bytes)
-    return workload(Candidates(step, model), device, run.dtype, whole), size
+    return workload(Candidates(step), device, run.dtype, whole), size
 
 
 class _Forecaster:

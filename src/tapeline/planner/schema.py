@@ -95,6 +95,11 @@ class Plan:
     """Version of this layout."""
 
     @property
+    def keeps_all(self) -> bool:
+        """Whether nothing is dropped."""
+        return not self.drop and all(block.policy.keeps_all and block.input == "device" for block in self.blocks)
+
+    @property
     def slowdown(self) -> float:
         """Floating-point operations of a step relative to the untouched model: 1.0 is no recomputation."""
         return self.flops / self.untouched_flops if self.untouched_flops else 1.0

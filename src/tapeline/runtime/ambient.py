@@ -11,6 +11,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from tapeline.compat import allow_attention_kernels, attention_kernels, autocast_state
 from tapeline.runtime.signature import Surroundings
+from tapeline.tape.beside import beside
 
 _LOCK = threading.RLock()
 """The default generators are shared by all threads: one replay at a time may set them back."""
@@ -40,6 +41,9 @@ class Ambient:
     @contextmanager
     def random_state(self) -> Iterator[None]:
         """Draw as the call drew, and put today's state back."""
+        if beside() is not None:  # tensors without data draw nothing, and the generators are those of a real step
+            yield
+            return
         with _LOCK, torch.random.fork_rng(self.devices, device_type=self.device_type or "cuda"):
             torch.set_rng_state(self.cpu_state)
             if self.devices:
@@ -89,6 +93,8 @@ def outside_autocast() -> Iterator[None]:
     kinds = [kind for kind, _ in autocast_state()]
     torch.autocast_increment_nesting()
     depth = torch.autocast_decrement_nesting()
+    if beside() is not None:
+        depth = 0  # at none, leaving a context inside would clear the cache that a real step uses
     try:
         for kind in kinds:
             torch.set_autocast_enabled(kind, False)

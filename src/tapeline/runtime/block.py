@@ -10,15 +10,15 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from tapeline.compat import foreign_hooks, has_transforms
-from tapeline.planner.policy import Policy
 from tapeline.runtime.ambient import Ambient
-from tapeline.runtime.finding import Prepared, find_sources
+from tapeline.runtime.finding import Prepared, PreparedCalls, find_sources
 from tapeline.runtime.frame import Frame, Hooks, Late, keep, unpack
 from tapeline.runtime.guard import BlockGuard
 from tapeline.runtime.inputs import Chain, OutputRecipe, RebuiltInput
 from tapeline.runtime.invocation import Invocation
 from tapeline.runtime.library import MAX_CLASSES, MAX_TAPES, CallClass, Library, remember
 from tapeline.runtime.rerun import Rerun
+from tapeline.runtime.role import Role
 from tapeline.runtime.signature import arguments_key, has_objects, surroundings
 from tapeline.runtime.strict import run_strictly
 from tapeline.runtime.verifier import output_program, settle, settle_rerun
@@ -38,26 +38,13 @@ class BlockSeam:
     Args:
         name: the block's name in the model.
         module: the block.
-        policy: how to choose what is dropped.
         library: recipes, shared by the blocks of a session.
         chain: shared by the blocks of a session.
-        drops_input: rebuild the input in backward instead of keeping it, where it is the output of the block before.
-        feeds_next: the next block drops its input, so that this call must be repeatable.
+        role: what the plan has for it.
     """
 
-    def __init__(
-        self,
-        name: str,
-        module: nn.Module,
-        policy: Policy,
-        library: Library,
-        chain: Chain,
-        *,
-        drops_input: bool = False,
-        feeds_next: bool = False,
-    ) -> None:
-        self.name, self.module, self.policy, self.library, self.chain = name, module, policy, library, chain
-        self.drops_input, self.feeds_next = drops_input, feeds_next
+    def __init__(self, name: str, module: nn.Module, library: Library, chain: Chain, role: Role) -> None:
+        self.name, self.module, self.library, self.chain = name, module, library, chain
         self.guard = BlockGuard(name, module)
         self.records = library.records(name, module)
         self.fingerprint = self.records.fingerprint
@@ -78,15 +65,21 @@ class BlockSeam:
         """Verify the next call again."""
         self.is_strict = False
         """Keep everything, replay every op of every call, and raise where one differs."""
-        self._prepared: dict[Any, Prepared] = {}
+        self._prepared = PreparedCalls()
         self._generation = library.generation, self.fingerprint.num_rebuilt
         self._unexpected: set[Any] = set()
         """Classes of calls that were not as those of another block of its like, and are yet to be verified."""
+        self.place(role)
+
+    def place(self, role: Role) -> None:
+        """Treat the calls from now on like this; what was forwarded before stays as it is."""
+        self.policy, self.drops_input, self.feeds_next, self._is_idle = role
+        self._prepared.take(role)
 
     def __call__(self, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run ``forward(*args, **kwargs)``; nothing is spent where autograd records nothing."""
         is_training = self.is_in_force and self.module.training and torch.is_grad_enabled()
-        if not is_training or torch.compiler.is_compiling() or has_transforms():
+        if not is_training or self._is_idle or torch.compiler.is_compiling() or has_transforms():
             return forward(*args, **kwargs)
         key, tensors = arguments_key(args, kwargs)
         token = self.fingerprint.token()
@@ -110,7 +103,7 @@ class BlockSeam:
         if self._generation != generation:
             self._generation = generation
             self._prepared.clear()
-        prepared = self._prepared.get(key) or self._prepare(key)
+        prepared = self._prepared.find(key) or self._prepare(key)
         if prepared is None or (self.is_due_for_audit and prepared.recipe is not None):
             self.is_due_for_audit = False
             expected = self._expected(key) if prepared is None else None
@@ -197,7 +190,7 @@ class BlockSeam:
             self._remember(key, prepared)
             self.library.expected[self._kind(), key[1:], self.policy] = recipe
         else:
-            self._prepared.pop(key, None)
+            self._prepared.drop(key)
         self._note_output(out, prepared, ambient, tensors, None)
         return out
 
@@ -272,6 +265,8 @@ class BlockSeam:
             known = CallClass(None, tape.obstacle, can_rerun, shapes)
             remember(self.library.obstacles, (self._kind(), key[1:]), known, MAX_TAPES)
             self._remember(key, self._with_getters(known, None))
+        if (group := self.library.groups.get(self.name)) is not None:
+            remember(self.library.shared, (group, key[1:]), known, MAX_TAPES)
         return remember(records.classes, key, known, MAX_CLASSES)
 
     def _can_rerun(self, key: Any, tape: Tape, *, has_written: bool) -> bool:
@@ -282,7 +277,10 @@ class BlockSeam:
     def _prepare(self, key: Any) -> Prepared | None:
         """The recipe for a class that was recorded under another policy, or by another block of its like."""
         known = (
-            self.records.fixed or self.records.classes.get(key) or self.library.obstacles.get((self._kind(), key[1:]))
+            self.records.fixed
+            or self.records.classes.get(key)
+            or self.library.obstacles.get((self._kind(), key[1:]))
+            or self.library.shared.get((self.library.groups.get(self.name), key[1:]))
         )
         if known is None or (known.tape is not None and not self.library.is_verified(known.tape, self.policy)):
             return None
@@ -338,7 +336,7 @@ class BlockSeam:
         self.note_reason(f"a call differed from the tape: {frame.drift}")
         self._recover(frame, key, invocation, ambient, before, frame.recipe.tape)
         self.chain.note(None, None)
-        self._prepared.pop(key, None)
+        self._prepared.drop(key)
         self.records.classes.pop(key, None)
         if self.num_drifts >= _MAX_DRIFTS:
             can_rerun = self._can_rerun(key, frame.recipe.tape, has_written=before != self._versions(invocation))
@@ -360,7 +358,7 @@ class BlockSeam:
         return Prepared(known, recipe, self.getters(recipe.sources), casts, self.getters(outputs))
 
     def _remember(self, key: Any, prepared: Prepared) -> Prepared:
-        return remember(self._prepared, key, prepared, MAX_CLASSES)
+        return self._prepared.remember(key, prepared)
 
     def _rebuilt(self, tensors: list[torch.Tensor]) -> RebuiltInput | None:
         match = self.chain.match(tensors[0] if tensors else None)
@@ -389,8 +387,7 @@ class BlockSeam:
             )
         return not frame.drift
 
-    def _kind(self) -> Any:
-        """What blocks that are built alike have in common."""
+    def _kind(self) -> Any:  # what blocks that are built alike have in common
         return tuple((type(part), part.training) for part in self.module.modules()), self.fingerprint.layouts()
 
     def note_reason(self, reason: str) -> None:

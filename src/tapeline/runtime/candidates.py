@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from torch import nn
-
 from tapeline.planner.block import front
 from tapeline.planner.chain import Chain, Option
 from tapeline.planner.policy import CHEAP, KEEP, LEAST, RECOMPUTE, Policy
@@ -29,12 +27,12 @@ class Candidates:
 
     Args:
         step: the step without bytes.
-        model: the model, for the classes of its blocks.
+        is_later: the batch comes after others, so that its first step finds the optimizer's state.
     """
 
-    def __init__(self, step: FakeStep, model: nn.Module) -> None:
-        self.step = step
-        kinds = {name: type(model.get_submodule(name)).__name__ for name in step.block_names}
+    def __init__(self, step: FakeStep, *, is_later: bool = False) -> None:
+        self.step, self.is_later = step, is_later
+        kinds = {name: type(step.model.get_submodule(name)).__name__ for name in step.block_names}
         self._kinds = kinds
         kept = [_plan(name, kinds[name], KEEP) for name in step.block_names]
         self.recorded = step.record(kept)
@@ -59,12 +57,15 @@ class Candidates:
         return self._profiles[blocks]
 
     def first_peak(self, blocks: Blocks) -> int:
-        """The peak of the very first step: blocks are recorded, recipes are verified, the optimizer has no state yet."""
+        """The peak of the first step: blocks are recorded, and recipes are verified.
+
+        The very first one ends with the optimizer making its state.
+        """
         if blocks not in self._first_peaks:
             profile = self.profile(blocks)
             if profile is not self.kept:
                 profile = self.step.run(blocks, is_first=True)
-            self._first_peaks[blocks] = self.step.first_step_peak(profile)
+            self._first_peaks[blocks] = profile.peak_bytes if self.is_later else self.step.first_step_peak(profile)
         return self._first_peaks[blocks]
 
     def peak(self, blocks: Blocks) -> int:
@@ -127,7 +128,7 @@ class Candidates:
             self._policies = {"keep": KEEP, "recompute": RECOMPUTE} | self._between()
             between = [kind for kind in self._policies if kind not in ("keep", "recompute")]
             samples = [(self.profile(blocks), kinds) for blocks, kinds in self._samples(between)]
-            groups = {name: self._group(name) for name in self.names}
+            groups = {name: self.group(name) for name in self.names}
             self._chain = build_chain(self.recorded, self.profile(self.recompute_all()), self.names, samples, groups)
         return self._chain
 
@@ -181,7 +182,7 @@ class Candidates:
             return
         members: dict[str, list[str]] = {}
         for name in self.names:
-            members.setdefault(self._group(name), []).append(name)
+            members.setdefault(self.group(name), []).append(name)
         for sample in range(_MAX_SAMPLES):
             taken = {
                 name: kinds[(place + sample * len(names)) % len(kinds)]
@@ -192,7 +193,7 @@ class Candidates:
             if all(len(names) >= len(kinds) for names in members.values()):
                 return
 
-    def _group(self, name: str) -> str:
+    def group(self, name: str) -> str:
         """Blocks with equal tapes are in one group."""
         return "+".join(tape.digest for tape in self.tapes[name]) or name
 

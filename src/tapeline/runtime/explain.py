@@ -69,7 +69,7 @@ def explain(
     step = FakeStep(model, batch, find_blocks(model, blocks), loss_fn=loss_fn, rules=Rules(tuple(keep), tuple(drop)))
     if block is not None and block not in step.block_names:
         raise UsageError(f"No block is called {block!r}{did_you_mean(block, step.block_names)}: {_listed(step)}.")
-    candidates = Candidates(step, model)
+    candidates = Candidates(step)
     step.library.rules.check()
     name = block or _first_recorded(candidates)
     placed = next(plan for plan in candidates.uniform(NAMED_POLICIES[mode]) if plan.name == name)

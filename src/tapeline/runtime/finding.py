@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from tapeline.runtime.inputs import RebuiltInput
-from tapeline.runtime.library import CallClass
+from tapeline.runtime.library import MAX_CLASSES, CallClass, remember
+from tapeline.runtime.role import Role
 from tapeline.tape.program import Recipe
 from tapeline.tape.sources import Getter
 
@@ -29,6 +31,33 @@ class Prepared:
     def cast_parameters(self) -> list[torch.Tensor]:
         """The parameters that autocast casts in such a call."""
         return [place() for place in self.cast_getters if not isinstance(place, int)]
+
+
+class PreparedCalls:
+    """What is prepared for the classes of calls of one block, in each role that plans have given it."""
+
+    def __init__(self) -> None:
+        self._tables: dict[Role, dict[Any, Prepared]] = {}
+        self._table: dict[Any, Prepared] = {}
+
+    def take(self, role: Role) -> None:
+        """Go over to what is prepared for a role."""
+        self._table = self._tables.setdefault(role, {})
+
+    def find(self, key: Any) -> Prepared | None:
+        return self._table.get(key)
+
+    def remember(self, key: Any, prepared: Prepared) -> Prepared:
+        return remember(self._table, key, prepared, MAX_CLASSES)
+
+    def drop(self, key: Any) -> None:
+        """Forget a class of calls, in every role."""
+        for table in self._tables.values():
+            table.pop(key, None)
+
+    def clear(self) -> None:
+        for table in self._tables.values():
+            table.clear()
 
 
 def find_sources(

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import weakref
-from collections.abc import Sequence
-from dataclasses import replace
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from tapeline.planner.schema import BlockPlan
 from tapeline.runtime.block import BlockSeam
 from tapeline.runtime.inputs import Chain
 from tapeline.runtime.library import Library
+from tapeline.runtime.role import roles
 
 _MISSING = object()
 
@@ -96,7 +95,13 @@ class InstanceForward:
 
 
 def install_blocks(
-    patches: Patches, model: nn.Module, blocks: Sequence[BlockPlan], library: Library, *, records: bool = False
+    patches: Patches,
+    model: nn.Module,
+    blocks: Sequence[BlockPlan],
+    library: Library,
+    *,
+    records: bool = False,
+    every: bool = False,
 ) -> dict[str, BlockSeam]:
     """Put a plan's blocks in force on `model`; returns the seams of the blocks that drop something.
 
@@ -106,33 +111,26 @@ def install_blocks(
         blocks: the blocks of a plan.
         library: tapes and recipes.
         records: also give seams to blocks that keep everything, to record them.
+        every: also give seams to blocks that keep everything, so that `place_blocks` can change that.
     """
     switch_off_checkpointing(patches, model)
-    droppers = {block.name for block in blocks if block.input == "recompute"}
-    following = {block.name: after.name for block, after in pairwise(blocks)}
-    feeders = {name for name, after in following.items() if after in droppers}
-    managed = [
-        b for b in blocks if records or library.rules.drop or not b.policy.keeps_all or b.name in droppers | feeders
-    ]
+    managed = {name: role for name, role in roles(blocks, library.rules, records) if every or not role.is_idle}
     if not managed:
         return {}
     library.cache_switch = CacheSwitch(patches, model, [block.name for block in blocks])
     chain = Chain()
     seams = {}
-    for block in managed:
-        module = model.get_submodule(block.name)
-        seam = BlockSeam(
-            block.name,
-            module,
-            replace(block.policy, has_output=block.name not in feeders),
-            library,
-            chain,
-            drops_input=block.name in droppers,
-            feeds_next=block.name in feeders,
-        )
-        patches.set(module, "forward", InstanceForward(module, seam, vars(module).get("forward")))
-        seams[block.name] = seam
+    for name, role in managed.items():
+        module = model.get_submodule(name)
+        seams[name] = BlockSeam(name, module, library, chain, role)
+        patches.set(module, "forward", InstanceForward(module, seams[name], vars(module).get("forward")))
     return seams
+
+
+def place_blocks(seams: Mapping[str, BlockSeam], blocks: Sequence[BlockPlan], library: Library) -> None:
+    """Let calls from now on follow other placements of the same blocks; `install_blocks` gave each of them a seam."""
+    for name, role in roles(blocks, library.rules):
+        seams[name].place(role)
 
 
 def managed_module(model: nn.Module) -> str | None:

@@ -82,6 +82,10 @@ class Library:
         """What was found wrong when it was verified, and is kept instead, by digest."""
         self.obstacles: dict[Any, CallClass] = {}
         """Classes of calls without a tape, by class of module: what one block has found out holds for its like."""
+        self.groups: dict[str, str] = {}
+        """Blocks, by name, whose tapes have been equal so far, and of which one is recorded for all: for predictions only."""
+        self.shared: dict[Any, CallClass] = {}
+        """What was found out of such a group, by group and class of calls."""
         self.blocks: dict[str, BlockRecords] = {}
         """What is known of each block, by name."""
         self.expected: dict[Any, Recipe] = {}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,15 +15,18 @@ from torch import nn
 from torch.optim.optimizer import _default_to_fused_or_foreach
 from torch.utils._pytree import tree_leaves
 
+from tapeline.compat import autocast_state
 from tapeline.cost.device import nominal_rates
 from tapeline.errors import TapelineError, UnsupportedModelError, UsageError, did_you_mean
 from tapeline.ledger import OPTIMIZER, Ledger
 from tapeline.planner.profile import StepProfile
 from tapeline.planner.schema import BlockPlan
+from tapeline.runtime.block import BlockSeam
 from tapeline.runtime.blocks import start_training
-from tapeline.runtime.install import Patches, install_blocks, managed_module
+from tapeline.runtime.install import Patches, install_blocks, managed_module, place_blocks
 from tapeline.runtime.library import Library
 from tapeline.runtime.step import LossFn, StepMeter, model_loss, track_training_state
+from tapeline.tape.beside import Beside, Demand, own_autocast
 from tapeline.tape.fake import ShapeMode, fake_batch, fake_copy, preserved_random_state
 from tapeline.tape.rules import Rules
 
@@ -67,6 +72,10 @@ class FakeStep:
         self.model = fake_copy(self.mode, model, memo)
         start_training(self.model, self.block_names)
         self.batch = batch
+        self.draws_numbers = False
+        """Whether a run has drawn from a generator that the process shares."""
+        self._autocast = autocast_state()
+        self._holds_casts = torch.is_autocast_cache_enabled()
         with self.mode:
             self.others = [torch.empty(-(-reserve_bytes // 4), dtype=torch.float32, device=self.device)]
         self.optimizer = self._copy_optimizer(optimizer, model, memo)
@@ -76,6 +85,7 @@ class FakeStep:
         blocks: Sequence[BlockPlan],
         *,
         micro_batches: Sequence[Any] = (),
+        placements: Sequence[Sequence[BlockPlan]] = (),
         is_first: bool = False,
         records: bool = False,
     ) -> StepProfile:
@@ -84,16 +94,21 @@ class FakeStep:
         Args:
             blocks: placements; an empty sequence runs the untouched model.
             micro_batches: others than the one given at first, `accumulation` times.
+            placements: those of each micro-batch, instead of `blocks`.
             is_first: record every block anew, as the first step of a session does.
             records: record also blocks that keep everything.
         """
-        library = Library(self.library.rates, self.library.rules) if is_first else self.library
+        library = self.library
+        if is_first:
+            library = Library(self.library.rates, self.library.rules)
+            library.groups = self.library.groups
         patches = Patches()
         real = list(micro_batches) or [self.batch] * self.accumulation
         fakes = [fake_batch(self.mode, batch) for batch in real]
         with self._environment(), _explained(type(self.model).__name__):
             try:
-                seams = install_blocks(patches, self.model, blocks, library, records=records)
+                every = bool(placements)
+                seams = install_blocks(patches, self.model, blocks, library, records=records, every=every)
                 self._warm_up()
                 meter = StepMeter(self.model, self.block_names, self.device)
                 return meter.run(
@@ -103,6 +118,7 @@ class FakeStep:
                     seams=seams,
                     optimizer_step=self._optimizer_step,
                     others=self.others,
+                    before_batch=partial(_place, seams, placements, library) if every else None,
                 )
             finally:
                 patches.undo()
@@ -117,12 +133,32 @@ class FakeStep:
         """Fake tensors on; random state, grad mode and other libraries' one-time warnings as they were."""
         with (
             torch.inference_mode(mode=False),
-            preserved_random_state(),
+            preserved_random_state(self._note_draw) if self.mode.beside is None else own_autocast(self._autocast),
             self.mode,
             torch.enable_grad(),
             _quiet("transformers", "torch._subclasses.fake_tensor"),
         ):
             yield
+
+    @contextmanager
+    def beside_training(self, demand: Callable[[], Demand]) -> Iterator[None]:
+        """Let runs take place in this thread while a training step may be running in another.
+
+        Args:
+            demand: asked before every op; if there is none, the run ends in a `CancelledError`.
+        """
+        self.mode.beside = Beside(holds_casts=self._holds_casts, demand=demand)
+        try:
+            yield
+        finally:
+            self.mode.beside = None
+
+    def fake_batch(self) -> Any:
+        """The batch without bytes; small integer tensors, at which models look, are copied."""
+        return fake_batch(self.mode, self.batch)
+
+    def _note_draw(self) -> None:
+        self.draws_numbers = True
 
     def _copy_optimizer(
         self, spec: OptimizerSpec, model: nn.Module, memo: dict[int, Any]
@@ -186,6 +222,12 @@ class FakeStep:
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
 
 
+def _place(
+    seams: Mapping[str, BlockSeam], placements: Sequence[Sequence[BlockPlan]], library: Library, number: int
+) -> None:
+    place_blocks(seams, placements[number], library)
+
+
 def model_device(model: nn.Module) -> torch.device:
     """The device that holds most of the model's bytes."""
     sizes: dict[torch.device, int] = defaultdict(int)
@@ -247,11 +289,29 @@ def _explained(name: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet(*names: str) -> Iterator[None]:
-    levels = [(logging.getLogger(name), logging.getLogger(name).level) for name in names]
-    for logger, _ in levels:
-        logger.setLevel(logging.CRITICAL)
+    """Nothing below critical comes out of these loggers and those below them, as far as this thread is concerned."""
+    here = threading.get_ident()
+    prefixes = tuple(f"{name}." for name in names)
+
+    def is_let_through(record: logging.LogRecord) -> bool:
+        is_ours = record.thread == here and (record.name in names or record.name.startswith(prefixes))
+        return not is_ours or record.levelno >= logging.CRITICAL
+
+    handlers = {handler for name in names for handler in _handlers(name)}
+    for handler in handlers:
+        handler.addFilter(is_let_through)
     try:
         yield
     finally:
-        for logger, level in levels:
-            logger.setLevel(level)
+        for handler in handlers:
+            handler.removeFilter(is_let_through)
+
+
+def _handlers(name: str) -> Iterator[logging.Handler]:
+    """What a record of this logger may come to."""
+    logger: logging.Logger | None = logging.getLogger(name)
+    while logger is not None:
+        yield from logger.handlers
+        logger = logger.parent if logger.propagate else None
+    if logging.lastResort is not None:
+        yield logging.lastResort

@@ -89,37 +89,98 @@ def plan(
         >>> plan.peak_bytes <= plan.budget_bytes
         True
     """
-    name, segment_length = parse_mode(mode)
-    if accumulation < 1:
-        raise UsageError(f"accumulation must be at least 1, got {accumulation}.")
-    if on_infeasible not in ("error", "warn"):
-        raise UsageError(f"on_infeasible must be 'error' or 'warn', got {on_infeasible!r}.")
-    wanted = parse_budget(budget) or (Budget(auto=True) if name == "auto" else None)
-    if margin is not None and wanted is None:
-        raise UsageError(f"margin={margin!r} has no budget to stay below: mode {name!r} was given none.")
-    names = _block_names(model, blocks, name)
-    rules = Rules(_names("keep", keep), _names("drop", drop))
-    step = FakeStep(
+    return Search(
         model,
         batch,
-        names,
+        budget,
+        mode=mode,
+        blocks=blocks,
+        keep=keep,
+        drop=drop,
         optimizer=optimizer,
         loss_fn=loss_fn,
         accumulation=accumulation,
-        reserve_bytes=parse_bytes(str(reserve)) if reserve else 0,
-        rules=rules,
-    )
-    candidates = Candidates(step, model)
-    rules.check()
-    limit = _limit(candidates, wanted, margin)
-    try:
-        chosen = _choose(candidates, name, segment_length, limit)
-    except InfeasibleBudgetError as error:
-        if on_infeasible == "error":
-            raise
-        warnings.warn(f"{error} Using the plan with the smallest peak.", stacklevel=2)
-        chosen = _smallest(candidates)
-    return _finish(candidates, mode if isinstance(mode, str) else name, chosen, limit)
+        margin=margin,
+        reserve=reserve,
+        on_infeasible=on_infeasible,
+    ).plan()
+
+
+class Search:
+    """A model and a budget to make plans for; arguments and errors as in `plan`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Any,
+        budget: str | int | float | Budget | None = None,
+        *,
+        mode: str | bool = "auto",
+        blocks: Sequence[str] | None = None,
+        keep: Sequence[str] = (),
+        drop: Sequence[str] = (),
+        optimizer: OptimizerSpec = None,
+        loss_fn: LossFn = model_loss,
+        accumulation: int = 1,
+        margin: str | int | None = None,
+        reserve: str | int = 0,
+        on_infeasible: Literal["error", "warn"] = "error",
+    ) -> None:
+        self.name, self.segment_length = parse_mode(mode)
+        if accumulation < 1:
+            raise UsageError(f"accumulation must be at least 1, got {accumulation}.")
+        if on_infeasible not in ("error", "warn"):
+            raise UsageError(f"on_infeasible must be 'error' or 'warn', got {on_infeasible!r}.")
+        self.mode = mode if isinstance(mode, str) else self.name
+        self.on_infeasible = on_infeasible
+        self.wanted = parse_budget(budget) or (Budget(auto=True) if self.name == "auto" else None)
+        if margin is not None and self.wanted is None:
+            raise UsageError(f"margin={margin!r} has no budget to stay below: mode {self.name!r} was given none.")
+        self.margin = margin
+        self.limit: int | None = None
+        """What the peak may reach, in bytes; known once there is a plan."""
+        names = _block_names(model, blocks, self.name)
+        rules = Rules(_names("keep", keep), _names("drop", drop))
+        self.batch = batch
+        self.step = FakeStep(
+            model,
+            batch,
+            names,
+            optimizer=optimizer,
+            loss_fn=loss_fn,
+            accumulation=accumulation,
+            reserve_bytes=parse_bytes(str(reserve)) if reserve else 0,
+            rules=rules,
+        )
+
+    def plan(self) -> Plan:
+        """The plan for the batch that was given."""
+        candidates = Candidates(self.step)
+        self.step.library.rules.check()
+        self.limit = _limit(candidates, self.wanted, self.margin)
+        plan = self._plan(candidates)
+        self.step.library.groups = {name: candidates.group(name) for name in candidates.names}
+        return plan
+
+    def plan_for(self, batch: Any) -> Plan:
+        """The plan for another batch, which comes later, in as many bytes; not for several threads at once.
+
+        Raises:
+            InfeasibleBudgetError: if nothing fits.
+            UnsupportedModelError: if the step cannot be run with this batch.
+        """
+        self.step.batch = batch
+        return self._plan(Candidates(self.step, is_later=True))
+
+    def _plan(self, candidates: Candidates) -> Plan:
+        try:
+            chosen = _choose(candidates, self.name, self.segment_length, self.limit)
+        except InfeasibleBudgetError as error:
+            if self.on_infeasible == "error":
+                raise
+            warnings.warn(f"{error} Using the plan with the smallest peak.", stacklevel=4)
+            chosen = _smallest(candidates)
+        return _finish(candidates, self.mode, chosen, self.limit)
 
 
 def _limit(candidates: Candidates, budget: Budget | None, margin: str | int | None) -> int | None:

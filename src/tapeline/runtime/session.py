@@ -14,12 +14,14 @@ from torch import nn
 
 from tapeline.cost.device import nominal_rates
 from tapeline.errors import UsageError, did_you_mean
-from tapeline.planner.schema import Plan
+from tapeline.planner.schema import BlockPlan, Plan
 from tapeline.runtime.audit import Audit
 from tapeline.runtime.install import Patches, install_blocks, managed_module
 from tapeline.runtime.library import Library
 from tapeline.runtime.measure import PeakMeter, make_meter
 from tapeline.runtime.predict import model_device
+from tapeline.runtime.shape_plans import ShapePlans
+from tapeline.runtime.switch import PlanSwitch
 from tapeline.table import text_table
 from tapeline.tape.rules import Rules
 from tapeline.units import format_bytes, format_deviation
@@ -38,9 +40,11 @@ class Report:
     budget_bytes: int | None
     """The promise; ``None`` without a budget."""
     predicted_peak_bytes: int
-    """Predicted peak of a step once the optimizer has its state."""
+    """Predicted peak of a step once the optimizer has its state; of several plans, the largest."""
     predicted_first_step_peak_bytes: int
     """Predicted peak of the very first step."""
+    num_plans: int
+    """Plans that calls have followed; more than one only with a plan for each shape."""
     measured_peak_bytes: int | None
     """Largest measured peak; ``None`` if nothing was measured."""
     measured_reserved_bytes: int | None
@@ -87,6 +91,8 @@ class Report:
             rows.append(("measured against predicted", format_deviation(self.deviation)))
         if self.measured_reserved_bytes is not None:
             rows.append(("reserved by the allocator", format_bytes(self.measured_reserved_bytes)))
+        if self.num_plans > 1:
+            rows.append(("plans in use, by shape of the batch", str(self.num_plans)))
         rows.append(("block calls replayed", str(self.recomputed_calls)))
         rows.append(("recorded", str(self.recorded_calls)))
         rows.append(("run again as a whole", str(self.rerun_calls)))
@@ -111,6 +117,7 @@ class Session:
             kept from then on, and reported.
         strict: keep everything, replay every op of every call and compare: slow and large, for finding an op that
             does not replay exactly.
+        shapes: plans for other shapes of batches, which take the place of `plan` where there is one.
 
     Raises:
         UsageError: if the plan names blocks that the model does not have, or a session is in force already.
@@ -125,6 +132,7 @@ class Session:
         optimizer: torch.optim.Optimizer | None = None,
         audit_every: int = 100,
         strict: bool = False,
+        shapes: ShapePlans | None = None,
     ) -> None:
         if audit_every < 0:
             raise UsageError(f"audit_every must be 0 (never) or a number of forwards, got {audit_every}.")
@@ -137,7 +145,10 @@ class Session:
         self._patches = Patches()
         try:
             self._library = Library(nominal_rates(model_device(model)), Rules(plan.keep, plan.drop))
-            self._seams = install_blocks(self._patches, model, plan.blocks, self._library)
+            self._seams = install_blocks(self._patches, model, plan.blocks, self._library, every=shapes is not None)
+            self._switch = PlanSwitch(plan, shapes, self._seams, self._library)
+            if shapes is not None:
+                self._patches.hook(model, self._switch)
             self._audit = Audit(list(self._seams.values()), audit_every)
             self._patches.hook(model, self._audit)
         except BaseException:
@@ -179,9 +190,31 @@ class Session:
         self._is_measuring = True
         try:
             with self._meter.measure(optimizer, [block.name for block in self.plan.blocks]):
+                self._switch.calls.clear()
                 yield self
         finally:
             self._is_measuring = False
+
+    def wait_for_plans(self, timeout: float | None = None) -> bool:
+        """Wait until each shape of batch that was seen has its plan, where there is one for each.
+
+        Args:
+            timeout: seconds; ``None``: as long as it takes.
+
+        Returns:
+            Whether nothing is left to do.
+        """
+        return self._switch.wait(timeout)
+
+    @property
+    def plans(self) -> dict[str, Plan]:
+        """The plans so far, by the largest shape of batch that each holds for."""
+        return self._switch.plans()
+
+    @property
+    def placements(self) -> list[tuple[BlockPlan, ...]]:
+        """What the forwards of the last measurement followed, one entry for each micro-batch."""
+        return [plan.blocks for plan in self._switch.calls]
 
     @property
     def is_measuring_free(self) -> bool:
@@ -203,8 +236,9 @@ class Session:
             mode=self.plan.mode,
             device=self.plan.device,
             budget_bytes=self.plan.budget_bytes,
-            predicted_peak_bytes=self.plan.peak_bytes,
-            predicted_first_step_peak_bytes=self.plan.first_step_peak_bytes,
+            predicted_peak_bytes=max(plan.peak_bytes for plan in self._switch.used),
+            predicted_first_step_peak_bytes=max(plan.first_step_peak_bytes for plan in self._switch.used),
+            num_plans=len(self._switch.used),
             measured_peak_bytes=self._meter.peak_bytes,
             measured_reserved_bytes=self._meter.reserved_bytes,
             recomputed_calls=sum(seam.num_calls for seam in self._seams.values()),
@@ -217,11 +251,12 @@ class Session:
 
     def remove(self) -> None:
         """Take the plan off and restore every attribute that was set; safe to call twice."""
+        self._switch.stop()
         self._notes += self._ineffective()
         self._patches.undo()
 
     def _ineffective(self) -> list[str]:
-        notes = []
+        notes = self._switch.notes()
         if replaced := self._patches.replaced():
             notes.append(
                 f"someone else has set {', '.join(sorted(set(replaced)))} since: those blocks do not follow the plan"

@@ -16,6 +16,7 @@ from tapeline.ledger import BACKWARD, FORWARD, OPTIMIZER, RECOMPUTE, Ledger, Spa
 from tapeline.planner.profile import BlockFacts, Point, StepProfile
 from tapeline.runtime.ambient import outside_autocast
 from tapeline.runtime.block import BlockSeam
+from tapeline.tape.beside import end_forward
 from tapeline.tape.sources import attached
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
@@ -66,6 +67,7 @@ class StepMeter:
         seams: Mapping[str, BlockSeam] | None = None,
         optimizer_step: Callable[[], None] | None = None,
         others: Sequence[torch.Tensor] = (),
+        before_batch: Callable[[int], None] | None = None,
     ) -> StepProfile:
         """Forward and backward of each micro-batch, then the optimizer step, gradients set to none.
 
@@ -76,6 +78,7 @@ class StepMeter:
             seams: the block seams in force, for facts about their calls.
             optimizer_step: called instead of ``optimizer.step``.
             others: what else is alive all the time.
+            before_batch: called with the number of each micro-batch before its forward.
         """
         self.flops.clear()
         ledger = Ledger(self.device, observe=self._count)
@@ -84,13 +87,14 @@ class StepMeter:
         ledger.track(others, "other")
         ledger.begin_window()
         with ledger, ledger.watch(self.model, self.block_names):
-            for batch in micro_batches:
+            for number, batch in enumerate(micro_batches):
+                if before_batch is not None:
+                    before_batch(number)
                 with ledger.scope(FORWARD):
                     loss = loss_fn(self.model, batch)
                     if len(micro_batches) > 1:
                         loss = loss / len(micro_batches)
-                    # as at the end of the autocast context that a training loop has around its forward
-                    torch.clear_autocast_cache()
+                    end_forward()
                 with outside_autocast():
                     loss.backward()
                 del loss

@@ -31,6 +31,8 @@ from torch.utils._pytree import tree_map
 from tapeline.cost.device import accelerator_type
 from tapeline.errors import UnsupportedModelError, UsageError
 from tapeline.ledger import DEVICE_OF
+from tapeline.tape.beside import Beside, SharedStateError
+from tapeline.tape.ops import number_generators
 from tapeline.tape.shape_cache import ShapeCache
 
 T = TypeVar("T")
@@ -64,6 +66,8 @@ class ShapeMode(TorchDispatchMode):
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=False)
         self.assumes_scalars = False
         """Answer the value of a fake scalar with 1, as an optimizer may ask for it; forwards must not."""
+        self.beside: Beside | None = None
+        """Set while a training step may be running in another thread."""
         self._own: dict[int, weakref.ref[Any]] = {}
         self._cache = ShapeCache(self.fake_mode)
 
@@ -88,6 +92,13 @@ class ShapeMode(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is DEVICE_OF and isinstance(args[0], FakeTensor):
             return args[0].fake_device
+        if self.beside is not None:
+            self.beside.check()
+            if func is aten._to_copy.default:
+                return self.beside.cast(lambda: self._dispatch(func, args, kwargs), args[0], kwargs.get("dtype"))
+        return self._dispatch(func, args, kwargs)
+
+    def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         has_real, has_fake, wants_grad = _kinds_of_tensors(args, kwargs)
         if wants_grad and torch.is_grad_enabled():
             raise UsageError(
@@ -109,6 +120,8 @@ class ShapeMode(TorchDispatchMode):
 
     def _real(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an op for real; a storage it makes belongs to this mode."""
+        if self.beside is not None and torch.Tag.nondeterministic_seeded in func.tags:
+            raise SharedStateError(f"it draws numbers that decide what it does ({func})")
         out = func(*args, **kwargs)
         given = {t.untyped_storage()._cdata for t in _real_tensors((*args, *kwargs.values()))}
         for tensor in _real_tensors(out if isinstance(out, list | tuple) else [out]):
@@ -189,13 +202,23 @@ def _empty_grouped_product(
 
 
 @contextmanager
-def preserved_random_state() -> Iterator[None]:
-    """Put the random state of Python, NumPy, the CPU and every initialised accelerator back on leaving."""
+def preserved_random_state(on_change: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Put the random state of Python, NumPy, the CPU and every initialised accelerator back on leaving.
+
+    Args:
+        on_change: called if Python, NumPy or the CPU's generator was drawn from.
+    """
     python_state = random.getstate()
     numpy_state = np.random.get_state()  # noqa: NPY002 - the global state is the one models draw from
+    before = number_generators()
+    cpu_state = torch.default_generator.get_state()
     try:
         with torch.random.fork_rng(devices=_initialized_devices(), device_type=accelerator_type()):
-            yield
+            try:
+                yield
+            finally:
+                if number_generators() != before or not torch.equal(torch.default_generator.get_state(), cpu_state):
+                    on_change()
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)  # noqa: NPY002
@@ -252,6 +275,8 @@ def _fake_input(mode: ShapeMode, tensor: Any) -> Any:
     if not isinstance(tensor, torch.Tensor):
         is_plain = tensor is None or isinstance(tensor, str | bytes | int | float | type) or callable(tensor)
         return tensor if is_plain else fake_copy(mode, tensor)
+    if isinstance(tensor, FakeTensor):
+        return tensor
     if _is_small_integer(tensor):
         return mode.adopt(tensor)
     fake = mode.fake_mode.from_tensor(tensor.detach(), static_shapes=True)

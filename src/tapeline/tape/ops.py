@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from tapeline.cost.device import accelerator_type
+from tapeline.tape.beside import beside, keeps_casts
 from tapeline.tape.graph import Op
 from tapeline.tape.nested import tensor_leaves
 
@@ -20,7 +21,12 @@ CHANGES_STORAGE = {"resize_", "resize_as_", "set_"}
 
 
 def number_generators() -> tuple[Any, ...]:
-    """The state of the generators of Python and NumPy: what they give is baked into the tape as a number."""
+    """The state of the generators of Python and NumPy: what they give is baked into the tape as a number.
+
+    Empty where another thread may draw from them at the same time.
+    """
+    if beside() is not None:
+        return ()
     state: Any = np.random.get_state(legacy=False)  # noqa: NPY002 - the one that models draw from
     return random.getstate(), state["state"]["key"].tobytes(), state["state"]["pos"]
 
@@ -64,7 +70,7 @@ def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterato
 
 def cached_dtypes() -> set[torch.dtype]:
     """The dtypes in which autocast keeps copies of parameters now."""
-    if not torch.is_autocast_cache_enabled():
+    if not keeps_casts():
         return set()
     kinds = ("cpu", accelerator_type())
     return {torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}

@@ -39,6 +39,9 @@ class TrainConfig:
 
     budget: str = _setting("auto", "Peak memory: bytes, 22GiB, 60% of the untouched model's predicted peak, or auto.")
     mode: str = _setting("auto", "auto | none | cheap | recompute | segments | segments:k | least.")
+    per_shape: bool = _setting(
+        True, "Mode auto: a plan for each shape of batch, made while training runs; else one for the largest."
+    )
     margin: str = _setting("", "Stay this far below the budget: 512MiB or 5%. Default: 5% for an automatic budget.")
 
     dtype: str = _setting("auto", "auto (as saved) | float32 | bfloat16 | float16.")

@@ -137,7 +137,9 @@ class TrainingLoop:
     def _measured(self, step: int, peak: int, micro_batches: list[dict[str, torch.Tensor]]) -> None:
         if not self._is_reported(step):
             return
-        profile = self.predictor.run(self.session.plan.blocks, micro_batches=micro_batches)
+        profile = self.predictor.run(
+            self.session.plan.blocks, micro_batches=micro_batches, placements=self.session.placements
+        )
         predicted = self.predictor.first_step_peak(profile) if step == 1 else profile.peak_bytes
         measurement = Measurement(
             step=step,

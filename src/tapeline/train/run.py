@@ -20,8 +20,9 @@ from tapeline.integrations.transformers import (
 )
 from tapeline.planner.schema import Plan
 from tapeline.runtime.predict import FakeStep
-from tapeline.runtime.search import plan as make_plan
+from tapeline.runtime.search import Search
 from tapeline.runtime.session import Report, Session
+from tapeline.runtime.shape_plans import ShapePlans
 from tapeline.train.config import BYTES, DEMO, TrainConfig
 from tapeline.train.data import Collator, Record, encode, largest_batch, load_records
 from tapeline.train.demo import byte_tokenizer, demo_model, demo_records
@@ -110,7 +111,7 @@ def _plan_and_run(job: _Job) -> Result:
         "accumulation": config.gradient_accumulation_steps,
     }
     job.model.train()
-    plan = make_plan(
+    search = Search(
         job.model,
         micro_batch,
         config.budget,
@@ -119,13 +120,14 @@ def _plan_and_run(job: _Job) -> Result:
         reserve=_LOOP_BYTES,
         **step_options,
     )
+    plan = search.plan()
     observer.planned(plan)
     predictor = FakeStep(
         job.model, micro_batch, [block.name for block in plan.blocks], reserve_bytes=_LOOP_BYTES, **step_options
     )
     make_output_dir(config, output_dir)
     with disk_errors(output_dir):
-        with Session(job.model, plan, measure=False) as session:
+        with Session(job.model, plan, measure=False, shapes=_shape_plans(config, search, plan)) as session:
             result = _run(job, trainer, session, predictor)
         if result.status == "done":
             _save(job, trainer, result)
@@ -138,6 +140,13 @@ def _plan_and_run(job: _Job) -> Result:
             f"{config.output_dir}. Train with a --margin, and please report the model and its configuration."
         )
     return result
+
+
+def _shape_plans(config: TrainConfig, search: Search, plan: Plan) -> ShapePlans | None:
+    """Plans for other shapes than the largest, where there is something to choose for each."""
+    if not config.per_shape or search.name != "auto" or plan.keeps_all or search.step.draws_numbers:
+        return None
+    return ShapePlans(search, plan)
 
 
 def _prepare(config: TrainConfig, output_dir: Path, checkpoint: Path | None, observer: Observer) -> _Job:
