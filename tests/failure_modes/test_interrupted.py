@@ -172,7 +172,7 @@ def memory_of(session: Any) -> Any:
         return None
     library, seams = session._library, session._seams.values()
     known = [library.generation, set(library._recipes), set(library.verified), set(library.obstacles)]
-    blocks = [(set(s._prepared), set(s.records.classes), s.num_drifts, s.num_reruns, *s.reasons) for s in seams]
+    blocks = [(set(s._prepared.current), set(s.records.classes), s.num_drifts, s.num_reruns, *s.reasons) for s in seams]
     return [*known, dict(library.failures), blocks, [dict(seam.chain._last) for seam in seams]]
 
 

@@ -215,7 +215,7 @@ def test_a_recipe_that_fails_in_an_audit_is_replaced_in_every_block(
         report = session.report()
         assert report.audited_calls == 2
         assert report.kept_instead
-        recipes = {id(p.recipe) for seam in session._seams.values() for p in seam._prepared.values()}
+        recipes = {id(p.recipe) for seam in session._seams.values() for p in seam._prepared.current.values()}
         assert recipes <= {id(recipe) for recipe in session._library._recipes.values()}
 
 

@@ -38,17 +38,18 @@ class PreparedCalls:
 
     def __init__(self) -> None:
         self._tables: dict[Role, dict[Any, Prepared]] = {}
-        self._table: dict[Any, Prepared] = {}
+        self.current: dict[Any, Prepared] = {}
+        """What is prepared for the present role, by class of calls."""
 
     def take(self, role: Role) -> None:
         """Go over to what is prepared for a role."""
-        self._table = self._tables.setdefault(role, {})
+        self.current = self._tables.setdefault(role, {})
 
     def find(self, key: Any) -> Prepared | None:
-        return self._table.get(key)
+        return self.current.get(key)
 
     def remember(self, key: Any, prepared: Prepared) -> Prepared:
-        return remember(self._table, key, prepared, MAX_CLASSES)
+        return remember(self.current, key, prepared, MAX_CLASSES)
 
     def drop(self, key: Any) -> None:
         """Forget a class of calls, in every role."""
