@@ -147,3 +147,45 @@ def test_wrong_input_is_one_message(folder: str, options: dict[str, Any], messag
 def test_an_unknown_model_has_a_suggestion(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="llama-3.1-8b"):
         forecast("lama-3.1-8b")
+
+
+def test_frozen_layers_have_no_backward_and_no_state() -> None:
+    whole = tapeline.forecast("llama-3.2-1b", device="rtx-4090", max_length=256)
+    upper = tapeline.forecast("llama-3.2-1b", device="rtx-4090", max_length=256, frozen_layers=12)
+    untouched, above = whole.rows[0], upper.rows[0]
+    assert upper.num_trainable == pytest.approx(4 * 60_821_504, rel=1e-3)
+    # four layers; the head is tied to frozen embeddings
+    assert upper.memory["optimizer"] == pytest.approx(2 * 2 * upper.num_trainable, rel=0.01)
+    assert upper.memory["weights"] == whole.memory["weights"]
+    assert untouched.seconds is not None
+    assert above.seconds is not None
+    assert 1 / 3 < above.seconds / untouched.seconds < 0.75  # all forwards, and the backward of a quarter
+    assert above.device_bytes < untouched.device_bytes
+
+
+def test_accumulated_gradients_are_there_all_the_time() -> None:
+    once = tapeline.forecast("llama-3.2-1b", device="rtx-4090", max_length=1024)
+    often = tapeline.forecast("llama-3.2-1b", device="rtx-4090", max_length=1024, gradient_accumulation_steps=8)
+    gradients = 2 * once.num_trainable
+    assert often.memory["gradients"] == gradients
+    recompute = {found.rows[1].device_bytes for found in (once, often)}
+    assert max(recompute) - min(recompute) <= gradients * 1.2
+    assert often.rows[0].device_bytes >= once.rows[0].device_bytes
+    assert often.rows[0].seconds < once.rows[0].seconds  # an eighth of the optimizer step
+    for found in (once, often):
+        assert sum(found.memory.values()) == pytest.approx(found.rows[0].device_bytes, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"frozen_layers": 16}, "has 16: nothing would be trained"),
+        ({"frozen_layers": -1}, "frozen_layers must be at least 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1"),
+        ({"budget": "500%"}, "is more than rtx-4090 has: 24.00 GiB"),
+        ({"budget": "25GiB"}, "is more than rtx-4090 has"),
+    ],
+)
+def test_runs_that_make_no_sense(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        tapeline.forecast("llama-3.2-1b", device="rtx-4090", max_length=256, **options)

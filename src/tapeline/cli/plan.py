@@ -33,6 +33,10 @@ LoraR = Annotated[
 In4Bit = Annotated[bool, typer.Option("--load_in_4bit", help="The base is quantised to nf4.")]
 Optimizer = Annotated[str, typer.Option("--optimizer", help="Class of torch.optim.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="bfloat16 | float16 | float32.")]
+Accumulation = Annotated[int, typer.Option("--gradient_accumulation_steps", help="Micro-batches in an optimizer step.")]
+Frozen = Annotated[
+    int, typer.Option("--frozen_layers", help="The first so many layers are not trained, nor are the embeddings.")
+]
 
 
 def plan(
@@ -47,6 +51,8 @@ def plan(
     load_in_4bit: In4Bit = False,
     optimizer: Optimizer = "AdamW",
     dtype: Dtype = "bfloat16",
+    gradient_accumulation_steps: Accumulation = 1,
+    frozen_layers: Frozen = 0,
     longest: Annotated[bool, typer.Option("--longest", help="Find out the longest sequence of each setting.")] = False,
     quick: Annotated[
         bool, typer.Option("--quick", help="Also what the usual rules of thumb say, and where they err.")
@@ -86,6 +92,8 @@ def check(
     load_in_4bit: In4Bit = False,
     optimizer: Optimizer = "AdamW",
     dtype: Dtype = "bfloat16",
+    gradient_accumulation_steps: Accumulation = 1,
+    frozen_layers: Frozen = 0,
 ) -> None:
     """Only the exit code: 0 if the run fits, 3 with one line if it does not."""
     found = _forecast(locals())

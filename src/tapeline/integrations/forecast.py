@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+
+from torch import nn
 
 from tapeline.cost.catalogue import CPU, Device, find_device
 from tapeline.errors import InfeasibleBudgetError, UsageError, did_you_mean
@@ -13,10 +14,10 @@ from tapeline.integrations.configs import find_config
 from tapeline.integrations.depth import Size, full_size, shortened
 from tapeline.integrations.peft import add_lora
 from tapeline.integrations.transformers import model_without_weights, random_tokens
-from tapeline.planner.forecast import OURS, BlockPlacement, Forecast, Row
+from tapeline.planner.described import described
+from tapeline.planner.forecast import OURS, Forecast, Row
 from tapeline.planner.hybrid import Hybrid, Infeasible, solve
-from tapeline.planner.route import Budgets, Links, Route
-from tapeline.planner.stage import Stage
+from tapeline.planner.route import Budgets, Links
 from tapeline.planner.strategies import Outcome, outcomes
 from tapeline.planner.tightest import Smallest, smallest
 from tapeline.runtime.blocks import find_blocks
@@ -29,8 +30,7 @@ _DTYPES = ("bfloat16", "float16", "float32")
 _MARGIN = 0.05
 _GIB = 2**30
 _ALPHA = 16
-_NAMES = 5
-_SHOWN = 20
+_LEAST = {"max_length": 2, "batch_size": 1, "lora_r": 0, "gradient_accumulation_steps": 1, "frozen_layers": 0}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +45,8 @@ class Run:
         load_in_4bit: the base is quantised to nf4.
         optimizer: name of a class of `torch.optim`.
         dtype: of weights and activations.
+        gradient_accumulation_steps: micro-batches in an optimizer step.
+        frozen_layers: the first so many layers are not trained, nor are the embeddings; adapters are on the others.
     """
 
     model: str
@@ -54,6 +56,8 @@ class Run:
     load_in_4bit: bool = False
     optimizer: str = "AdamW"
     dtype: str = "bfloat16"
+    gradient_accumulation_steps: int = 1
+    frozen_layers: int = 0
 
     def __post_init__(self) -> None:
         if self.load_in_4bit and not self.lora_r:
@@ -64,13 +68,15 @@ class Run:
             raise UsageError(
                 f"Unknown dtype {self.dtype!r}{did_you_mean(self.dtype, _DTYPES)}: use {', '.join(_DTYPES)}."
             )
-        for name, least in (("max_length", 2), ("batch_size", 1), ("lora_r", 0)):
+        for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise UsageError(f"{name} must be at least {least}, got {getattr(self, name)}.")
 
     @property
     def training(self) -> str:
         what = f"LoRA r{self.lora_r}" if self.lora_r else "full fine-tuning"
+        what += f" above layer {self.frozen_layers}" if self.frozen_layers else ""
+        what += f", {self.gradient_accumulation_steps} micro-batches" if self.gradient_accumulation_steps > 1 else ""
         return f"{what}, 4-bit base" if self.load_in_4bit else what
 
 
@@ -87,6 +93,8 @@ def forecast(
     load_in_4bit: bool = False,
     optimizer: str = "AdamW",
     dtype: str = "bfloat16",
+    gradient_accumulation_steps: int = 1,
+    frozen_layers: int = 0,
     longest: bool = False,
 ) -> Forecast:
     """Say whether a fine-tuning run fits a device, at what cost, and what the known settings would give.
@@ -106,6 +114,8 @@ def forecast(
         load_in_4bit: the base is quantised to nf4.
         optimizer: name of a class of `torch.optim`.
         dtype: of weights and activations.
+        gradient_accumulation_steps: micro-batches in an optimizer step; times are those of one of them.
+        frozen_layers: the first so many layers are not trained, nor are the embeddings; adapters are on the others.
         longest: find out the longest sequence of each setting; takes another recording.
 
     Returns:
@@ -129,6 +139,8 @@ def forecast(
         load_in_4bit=load_in_4bit,
         optimizer=optimizer,
         dtype=dtype,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        frozen_layers=frozen_layers,
     )
     target = find_device(device)
     budgets = _budgets(target, budget, host_budget, disk_budget)
@@ -144,7 +156,13 @@ def _budgets(
     if wanted.num_bytes is not None:
         own = wanted.num_bytes
     else:
-        own = int(device.memory_bytes * (1 - _MARGIN if wanted.fraction is None else wanted.fraction))
+        share = 1 - _MARGIN if wanted.fraction is None else wanted.fraction
+        own = int(device.memory_bytes * share)
+    if own > device.memory_bytes:
+        raise UsageError(
+            f"The budget {format_bytes(own)} is more than {device.name} has: {format_bytes(device.memory_bytes)}. Name a larger "
+            "device, or a smaller budget."
+        )
     if device.name == CPU:
         return Budgets(device=own, host=0, disk=_bytes(disk))
     return Budgets(device=own, host=math.inf if host is None else _bytes(host), disk=_bytes(disk))
@@ -159,12 +177,37 @@ def _workload(run: Run, device: Device) -> tuple[Workload, Size]:
     model = model_without_weights(config, dtype=run.dtype, load_in_4bit=run.load_in_4bit)
     if run.lora_r:
         model = add_lora(model, r=run.lora_r, alpha=_ALPHA, dropout=0.0, target_modules="all-linear")
+    if run.frozen_layers >= len(kinds):
+        raise UsageError(
+            f"frozen_layers is {run.frozen_layers}, and {run.model} has {len(kinds)}: nothing would be trained."
+        )
+    if run.frozen_layers:
+        model.get_input_embeddings().requires_grad_(False)  # type: ignore[operator]
     model.train()
     batch = random_tokens(model, run.batch_size, run.max_length)
     step = FakeStep(model, batch, find_blocks(model, None), optimizer=run.optimizer)
-    size = full_size(model, kinds)
-    whole = Whole(layers=tuple(kinds), weight_bytes=size.weight_bytes, trainable_bytes=size.trainable_bytes)
+    size = _size(model, kinds, run)
+    whole = Whole(
+        layers=tuple(kinds),
+        weight_bytes=size.weight_bytes,
+        trainable_bytes=size.trainable_bytes,
+        num_frozen=run.frozen_layers,
+        accumulation=run.gradient_accumulation_steps,
+    )
     return workload(Candidates(step), device, run.dtype, whole), size
+
+
+def _size(model: nn.Module, kinds: Sequence[int], run: Run) -> Size:
+    """The size of the full model; frozen layers have no adapters."""
+    full, trained = full_size(model, kinds), full_size(model, kinds[run.frozen_layers :])
+    num_absent = full.num_trainable - trained.num_trainable if run.lora_r else 0
+    absent_bytes = full.trainable_bytes - trained.trainable_bytes if run.lora_r else 0
+    return Size(
+        num_parameters=full.num_parameters - num_absent,
+        weight_bytes=full.weight_bytes - absent_bytes,
+        num_trainable=trained.num_trainable,
+        trainable_bytes=trained.trainable_bytes,
+    )
 
 
 class _Forecaster:
@@ -193,12 +236,13 @@ class _Forecaster:
             batch_size=self.run.batch_size,
             max_length=self.run.max_length,
             budget_bytes=int(self.budgets.device),
+            device_bytes=self.device.memory_bytes,
             host_budget_bytes=None if math.isinf(self.budgets.host) else int(self.budgets.host),
             disk_budget_bytes=int(self.budgets.disk),
             memory=self._memory(known[0]),
             rows=tuple(rows),
             bound_seconds=None if plan is None else plan.lower_bound,
-            blocks=() if plan is None else tuple(_placements(self.route, plan)),
+            blocks=() if plan is None else tuple(described(self.route, plan)),
             next_gib=self._next_gib(plan),
             phases=self._phases(rows[-1]),
             provenance=dict(self.device.provenance),
@@ -245,13 +289,17 @@ class _Forecaster:
         return self._row(outcome)
 
     def _memory(self, untouched: Outcome) -> dict[str, int]:
-        gradients = self.route.gradient_bytes[-1]
-        kept = untouched.device_bytes - sum(self.work.memory.values()) - self.work.head_bytes
+        """What is there at the peak with everything kept: at the loss, or later, where gradients take its place."""
+        fixed = sum(self.work.memory.values())
+        rest = math.ceil(untouched.device_bytes) - fixed
+        kept = sum(stage.sizes[v] for stage in self.route.stages for v in stage.held | set(stage.needed))
+        gradients = 0 if kept + self.work.head_bytes >= rest else min(rest, self.route.gradient_bytes[-1])
+        activations = min(kept, rest - gradients)
         return {
             **self.work.memory,
-            "gradients": gradients,
-            "activations": max(0, int(kept)),
-            "head and loss": self.work.head_bytes,
+            "gradients": self.work.memory["gradients"] + gradients,
+            "activations": activations,
+            "head and loss": rest - gradients - activations,
         }
 
     def _next_gib(self, plan: Hybrid | None) -> float | None:
@@ -302,47 +350,6 @@ class _Forecaster:
         if self.device.note:
             notes.append(self.device.note)
         return notes
-
-
-def _placements(route: Route, plan: Hybrid) -> list[BlockPlacement]:
-    """Blocks that do the same, together, those that move most first."""
-    described = []
-    for number, index in enumerate(plan.chosen):
-        options = route.choices[number]
-        stage, kept, moved = options.stage, options.kept[index], options.moved[index]
-        named = [_names(stage, [v for v in sorted(values) if stage.sizes[v]]) for values in (kept, moved)]
-        gone = len(set(stage.needed) - kept - moved)
-        described.append(
-            (named[0], named[1], gone, int(options.kept_bytes[index]), int(options.moved_bytes[index]), number)
-        )
-    found = []
-    for key, members in groupby(sorted(described), key=lambda row: row[:5]):
-        numbers = [row[5] for row in members]
-        found.append((numbers[0], key, _ranges(numbers)))
-    return [
-        BlockPlacement(
-            blocks=text, kept=key[0], moved=key[1], num_recomputed=key[2], kept_bytes=key[3], moved_bytes=key[4]
-        )
-        for _, key, text in sorted(found)
-    ]
-
-
-def _names(stage: Stage, values: Sequence[int]) -> tuple[str, ...]:
-    """The largest by name, the rest counted."""
-    large = sorted(values, key=lambda value: -stage.sizes[value])
-    shown = [stage.names[value] for value in large[:_NAMES] if stage.sizes[value] * _SHOWN > stage.sizes[large[0]]]
-    rest = len(values) - len(shown)
-    return (*shown, *([f"{rest} more"] if rest else []))
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def check(forecast: Forecast) -> None:

@@ -75,6 +75,8 @@ class Forecast:
     max_length: int
     budget_bytes: int
     """Of the device."""
+    device_bytes: int
+    """All that the device has; what is beyond the budget is left for fragmentation, and for others."""
     host_budget_bytes: int | None
     """``None``: no limit."""
     disk_budget_bytes: int
@@ -146,8 +148,19 @@ class Forecast:
         )
         total = sum(self.memory.values()) or 1
         rows = [(kind, format_bytes(size), f"{size / total:.0%}") for kind, size in self.memory.items() if size]
-        said = [self.memory_note] if self.memory_note else []
+        said = [note for note in (self.memory_note, self.spare_note) if note]
         yield "\n".join([text_table(("untouched peak", format_bytes(total), "share"), rows), *said])
+
+    @property
+    def spare_note(self) -> str:
+        """What is left of the device; empty if nothing is."""
+        spare = self.device_bytes - self.budget_bytes
+        if spare <= 0:
+            return ""
+        return (
+            f"{format_bytes(spare)} of {format_bytes(self.device_bytes)} are left free, for what the allocator loses to "
+            "fragmentation and for others."
+        )
 
     @property
     def verdict(self) -> str:

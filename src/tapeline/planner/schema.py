@@ -66,7 +66,7 @@ class Plan:
     device: str
     """Device of the model, ``cpu`` or ``cuda:0``."""
     budget_bytes: int | None
-    """Bytes that the peak may reach; ``None`` if no budget was given."""
+    """Bytes that the peak may reach, the margin taken off; ``None`` if no budget was given."""
     peak_bytes: int
     """Predicted peak of a step once the optimizer has its state."""
     first_step_peak_bytes: int
@@ -89,6 +89,8 @@ class Plan:
     """Submodules and operations whose results are kept whatever it costs."""
     drop: tuple[str, ...] = ()
     """Submodules and operations whose results are dropped whatever it costs."""
+    margin_bytes: int = 0
+    """What the peak stays below the budget that was asked for."""
     notes: tuple[str, ...] = ()
     """What the user should know: settings that took no effect, blocks that could not be managed."""
     schema_version: int = SCHEMA_VERSION

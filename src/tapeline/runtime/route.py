@@ -35,6 +35,10 @@ class Whole:
     """For each layer, the index of its equal among the recorded blocks."""
     weight_bytes: int
     trainable_bytes: int
+    num_frozen: int = 0
+    """Layers at the beginning in which, and below which, nothing is trained."""
+    accumulation: int = 1
+    """Micro-batches in an optimizer step; the route is one of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,27 +86,44 @@ def workload(candidates: Candidates, device: Device, dtype: str, whole: Whole | 
     trainable = whole.trainable_bytes or short_trainable
     state = profile.memory["optimizer"] * trainable // max(1, short_trainable)
     weights = whole.weight_bytes or profile.memory["weights"]
-    in_blocks = sum(stages[layer].gradient_bytes for layer in whole.layers)
+    shared = {id(stage): stage for stage in stages}
+    if whole.accumulation > 1:
+        shared = {key: _accumulating(stage, model) for key, stage in shared.items()}
+    frozen = {key: replace(s, is_frozen=True, held=frozenset(), gradient_bytes=0) for key, s in shared.items()}
+    chain = tuple(
+        (frozen if number < whole.num_frozen else shared)[id(stages[layer])]
+        for number, layer in enumerate(whole.layers)
+    )
+    in_blocks = sum(stage.gradient_bytes for stage in chain)
     first, head, head_forward = _outside(profile, stages)
     memory = {
         "context": device.context_bytes,
         "weights": weights,
         "optimizer": state,
         "batch and tables": profile.memory["batch"] + first,
+        "gradients": trainable if whole.accumulation > 1 else 0,
     }
     moved = _OPTIMIZER_PASSES * (trainable + state)
-    shared = {id(stage): placements(stage) for stage in stages}
-    chain = tuple(stages[layer] for layer in whole.layers)
+    options = {id(stage): placements(stage) for stage in {id(s): s for s in chain}.values()}
     route = Route(
         stages=chain,
-        options=tuple(shared[id(stage)] for stage in chain),
+        options=tuple(options[id(stage)] for stage in chain),
         loss_seconds=profile.outside_flops / rates.matmul_flops,
         loss_bytes=max(0, head - 2 * chain[-1].sizes[-1]),
         base_bytes=sum(memory.values()),
         outside_gradient_bytes=max(0, trainable - in_blocks),
-        optimizer_seconds=moved / rates.memory_bytes if trainable else 0.0,
+        optimizer_seconds=moved / rates.memory_bytes / whole.accumulation if trainable else 0.0,
+        keeps_gradients=whole.accumulation > 1,
     )
     return Workload(route=route, memory=memory, head_bytes=head, head_forward_bytes=head_forward)
+
+
+def _accumulating(stage: Stage, model: nn.Module) -> Stage:
+    """The stage where gradients are there already: each new one is there beside its sum until it is added."""
+    largest = max((p.nbytes for p in model.parameters() if p.requires_grad), default=0)
+    extra = min(stage.gradient_bytes, largest)
+    ops = tuple(replace(op, backward_bytes=op.backward_bytes + extra) for op in stage.ops)
+    return replace(stage, ops=ops)
 
 
 def _stages(candidates: Candidates, profile: StepProfile, rates: Rates) -> list[Stage]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import nn
@@ -23,7 +24,7 @@ from tapeline.units import Budget, format_bytes, parse_budget, parse_bytes
 
 logger = logging.getLogger(__name__)
 
-_AUTO_MARGIN = "5%"
+_MARGIN = "5%"
 _MAX_CORRECTIONS = 6
 
 
@@ -67,8 +68,8 @@ def plan(
             function from parameters to an optimizer. ``None``: no optimizer state is counted.
         loss_fn: called as ``loss_fn(model, batch)``, returns a scalar. Default: the model's own loss.
         accumulation: micro-batches per optimizer step; above 1, gradients are alive during the forward.
-        margin: bytes, or a share such as ``"5%"`` of the budget, to stay below it. Default: 5 % for an
-            automatic budget, none for one that was named.
+        margin: bytes, or a share such as ``"5%"`` of the budget, to stay below it. Default: 5 % for an automatic budget, and
+            on an accelerator, whose allocator reserves more than tensors have; none for a budget named for a CPU.
         reserve: bytes on the device that something else holds all the time (an averaged copy of the weights, say); they
             count in every prediction.
         on_infeasible: ``"error"``, or ``"warn"`` to get the plan with the smallest peak instead.
@@ -139,6 +140,8 @@ class Search:
         self.margin = margin
         self.limit: int | None = None
         """What the peak may reach, in bytes; known once there is a plan."""
+        self.spare = 0
+        """What is left of the budget beyond that."""
         names = _block_names(model, blocks, self.name)
         rules = Rules(_names("keep", keep), _names("drop", drop))
         self.batch = batch
@@ -157,7 +160,7 @@ class Search:
         """The plan for the batch that was given."""
         candidates = Candidates(self.step)
         self.step.library.rules.check()
-        self.limit = _limit(candidates, self.wanted, self.margin)
+        self.limit, self.spare = _limit(candidates, self.wanted, self.margin)
         plan = self._plan(candidates)
         self.step.library.groups = {name: candidates.group(name) for name in candidates.names}
         return plan
@@ -180,26 +183,28 @@ class Search:
                 raise
             warnings.warn(f"{error} Using the plan with the smallest peak.", stacklevel=4)
             chosen = _smallest(candidates)
-        return _finish(candidates, self.mode, chosen, self.limit)
+        return replace(_finish(candidates, self.mode, chosen, self.limit), margin_bytes=self.spare)
 
 
-def _limit(candidates: Candidates, budget: Budget | None, margin: str | int | None) -> int | None:
-    """The budget in bytes, less the margin."""
+def _limit(candidates: Candidates, budget: Budget | None, margin: str | int | None) -> tuple[int | None, int]:
+    """The budget in bytes, less the margin; and the margin."""
     if budget is None:
-        return None
+        return None, 0
     if budget.num_bytes is not None:
         limit = budget.num_bytes
     elif budget.fraction is not None:
         limit = int(budget.fraction * candidates.kept.peak_bytes)
     else:
         limit = available_bytes(candidates.step.device) + candidates.kept.points[0].start_bytes
-        margin = _AUTO_MARGIN if margin is None else margin
+    if margin is None and (budget.auto or candidates.step.device.type != "cpu"):
+        margin = _MARGIN  # an allocator reserves more than tensors have
     spare = parse_budget(margin)
     if spare is None:
-        return limit
+        return limit, 0
     if spare.auto:
         raise UsageError('margin must be a size or a share of the budget, such as "512MiB" or "5%".')
-    return limit - (spare.num_bytes if spare.num_bytes is not None else int((spare.fraction or 0) * limit))
+    kept_free = spare.num_bytes if spare.num_bytes is not None else int((spare.fraction or 0) * limit)
+    return limit - kept_free, kept_free
 
 
 def _choose(candidates: Candidates, mode: str, segment_length: int | None, limit: int | None) -> Blocks:

@@ -38,7 +38,9 @@ class Report:
     device: str
     """Device whose bytes are meant."""
     budget_bytes: int | None
-    """The promise; ``None`` without a budget."""
+    """The promise, less the margin; ``None`` without a budget."""
+    margin_bytes: int
+    """What the plan stayed below the budget, for the allocator and for others."""
     predicted_peak_bytes: int
     """Predicted peak of a step once the optimizer has its state; of several plans, the largest."""
     predicted_first_step_peak_bytes: int
@@ -72,10 +74,13 @@ class Report:
 
     @property
     def is_within_budget(self) -> bool | None:
-        """Whether the measured peak kept the promise; ``None`` without a budget or a measurement."""
+        """Whether the measured peak kept the promise; ``None`` without a budget or a measurement.
+
+        Where an allocator reserves memory, the promise is on what it reserved, and on the budget with its margin.
+        """
         if self.budget_bytes is None or self.measured_peak_bytes is None:
             return None
-        return self.measured_peak_bytes <= self.budget_bytes
+        return (self.measured_reserved_bytes or self.measured_peak_bytes) <= self.budget_bytes + self.margin_bytes
 
     def to_json(self) -> str:
         """Write the report as JSON text."""
@@ -236,6 +241,7 @@ class Session:
             mode=self.plan.mode,
             device=self.plan.device,
             budget_bytes=self.plan.budget_bytes,
+            margin_bytes=self.plan.margin_bytes if self.plan.device != "cpu" else 0,
             predicted_peak_bytes=max(plan.peak_bytes for plan in self._switch.used),
             predicted_first_step_peak_bytes=max(plan.first_step_peak_bytes for plan in self._switch.used),
             num_plans=len(self._switch.used),
