@@ -22,6 +22,7 @@ from tapeline.runtime.blocks import find_blocks
 from tapeline.runtime.candidates import Candidates
 from tapeline.runtime.predict import FakeStep
 from tapeline.runtime.route import Whole, Workload, links_of, workload
+from tests.models import _llama, token_batch
 
 DEVICE = replace(find_device("rtx-4090"), context_bytes=0)
 LAYERS = 5
@@ -161,3 +162,33 @@ def test_a_block_that_is_called_twice_is_refused() -> None:
     candidates = Candidates(FakeStep(model, torch.randn(4, 8), find_blocks(model, None)))
     with pytest.raises(UnsupportedModelError, match="cannot be planned over tiers: it is called 2 times in a step"):
         workload(candidates, DEVICE, "float32")
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("num_frozen", [0, 3])
+def test_frozen_layers_and_accumulation_against_the_ledger(num_frozen: int, accumulation: int) -> None:
+    model = _llama(attention_dropout=0.0).train()
+    size = sum(p.nbytes for p in model.parameters())
+    if num_frozen:
+        model.model.embed_tokens.requires_grad_(False)
+    recorded = Candidates(FakeStep(model, token_batch(4, 256), find_blocks(model), optimizer="AdamW"))
+    for layer in model.model.layers[:num_frozen]:
+        layer.requires_grad_(False)
+    whole = Whole(
+        layers=tuple(range(6)),
+        weight_bytes=size,
+        trainable_bytes=sum(p.nbytes for p in model.parameters() if p.requires_grad),
+        num_frozen=num_frozen,
+        accumulation=accumulation,
+    )
+    device = find_device("rtx-4090")
+    route = workload(recorded, device, "float32", whole).route
+    found = {
+        o.name: o.device_bytes - device.context_bytes for o in outcomes(route, Budgets(device=1e12), links_of(device))
+    }
+    real = Candidates(
+        FakeStep(model, token_batch(4, 256), find_blocks(model), optimizer="AdamW", accumulation=accumulation)
+    )
+    assert found["none"] == pytest.approx(real.kept.peak_bytes, rel=0.01)
+    recompute = real.profile(real.recompute_all()).peak_bytes
+    assert 0.99 < found["recompute"] / recompute < 1.03

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _EXIT_CODES = {"exact on the tape": 0, "exact by fall-back": 0, "wrong": 1}
 _MODES = ("cheap", "recompute", "least", "segments")
-_WITH_MODEL = ("batch_size", "max_length", "dtype", "lora_r", "layers", "mode")
+_WITH_MODEL = ("batch_size", "max_length", "dtype", "lora_r", "layers", "mode", "rates")
 
 
 def doctor(
@@ -42,6 +42,10 @@ def doctor(
             "--offload_dir", help="Without --model: folder whose disk is measured. Default: the temporary one."
         ),
     ] = "",
+    rates: Annotated[
+        bool,
+        typer.Option("--rates", help="With --model: time the operations of its step instead, and store their rates."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Measure what this machine reaches, in a few seconds, and store it; or try a model on it.
@@ -58,6 +62,9 @@ def doctor(
     if sys.stderr.isatty():
         logging.getLogger("tapeline.runtime.doctor").setLevel(logging.INFO)
     built, batch = _model_and_batch(model, layers, dtype, (batch_size, max_length))
+    if rates:
+        _time(_trained(built, lora_r), batch, as_json=as_json)
+        return
     diagnosis = _diagnosed(_trained(built, lora_r), batch, mode or _MODES)
     sys.stdout.write((diagnosis.to_json() if as_json else str(diagnosis)) + "\n")
     raise typer.Exit(_EXIT_CODES.get(diagnosis.verdict, UnsupportedModelError.exit_code))
@@ -80,6 +87,15 @@ def _measure(offload_dir: str, *, as_json: bool) -> None:
     from tapeline.cost.machine import diagnose_machine
 
     report = diagnose_machine(offload_dir or tempfile.gettempdir())
+    sys.stdout.write((report.to_json() if as_json else str(report)) + "\n")
+
+
+def _time(model: nn.Module, batch: dict[str, Any], *, as_json: bool) -> None:
+    from tapeline.cost.limits import machine_limits
+    from tapeline.cost.machine import stored_report
+    from tapeline.runtime.rates import measure_rates
+
+    report = stored_report(measure_rates(model, batch), machine_limits(tempfile.gettempdir()))
     sys.stdout.write((report.to_json() if as_json else str(report)) + "\n")
 
 

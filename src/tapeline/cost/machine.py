@@ -79,7 +79,11 @@ def diagnose_machine(folder: Path | str) -> MachineReport:
         UsageError: if the folder cannot be used, or there is too little memory.
     """
     limits = machine_limits(folder)
-    device = measure_device(folder)
+    return stored_report(measure_device(folder), limits)
+
+
+def stored_report(device: Device, limits: Limits) -> MachineReport:
+    """Store what was measured of a device of this machine, and report it."""
     stored = not_stored = None
     try:
         stored = str(write_entry(device.name, device.to_dict()))

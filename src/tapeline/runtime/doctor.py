@@ -79,7 +79,7 @@ def diagnose(
         'exact on the tape'
     """
     names = _checked(model, modes, blocks)
-    with _restored(model) as trial:
+    with restored(model) as trial:
         trial.batch, trial.loss_fn, trial.names = batch, loss_fn, names
         logger.info("untouched model: two steps")
         meter = make_meter(model, model_device(model))
@@ -128,7 +128,7 @@ def _checked(model: nn.Module, modes: Sequence[str], blocks: Sequence[str] | Non
         return []
 
 
-def _try(trial: _Trial, mode: str, blocks: Sequence[str] | None, expected: Result, *, can_tell: bool) -> ModeDiagnosis:
+def _try(trial: Trial, mode: str, blocks: Sequence[str] | None, expected: Result, *, can_tell: bool) -> ModeDiagnosis:
     """Plan a mode, run three steps under it, and compare."""
     logger.info("mode %r: planning, then three steps", mode)
     try:
@@ -142,7 +142,7 @@ def _try(trial: _Trial, mode: str, blocks: Sequence[str] | None, expected: Resul
         return ModeDiagnosis(mode=mode, is_exact=None, error=f"{kind}{error}")
 
 
-def _run(trial: _Trial, session: Session, expected: Result, *, can_tell: bool) -> ModeDiagnosis:
+def _run(trial: Trial, session: Session, expected: Result, *, can_tell: bool) -> ModeDiagnosis:
     different: dict[str, None] = {}
     peaks = []
     for measured in (session.measure(), session.measure()):
@@ -217,7 +217,7 @@ def _is_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one, other) or same_bits(one.reshape(-1), other.reshape(-1))  # NaNs with the same bits are equal
 
 
-class _Trial:
+class Trial:
     """A model whose step can be run again and again from the same start."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -277,10 +277,10 @@ class _Trial:
 
 
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[_Trial]:
+def restored(model: nn.Module) -> Iterator[Trial]:
     """A trial, with everything as before at the end, whatever happens."""
     with preserved_random_state(), torch.inference_mode(mode=False), torch.enable_grad():
-        trial = _Trial(model)
+        trial = Trial(model)
         try:
             yield trial
         finally:
