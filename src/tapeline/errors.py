@@ -55,6 +55,12 @@ class OutOfMemoryError(TapelineError):
     exit_code = 5
 
 
+class TierError(TapelineError, RuntimeError):
+    """Bytes could not be moved to the host or the disk, or back; nothing that was computed is lost."""
+
+    exit_code = 5
+
+
 class UnsupportedModelError(TapelineError):
     """The model cannot be planned: no blocks, no loss, or a forward that depends on data."""
 

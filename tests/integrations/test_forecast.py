@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import tapeline
-from tapeline.errors import InfeasibleBudgetError, UsageError
+from tapeline.errors import InfeasibleBudgetError, UnsupportedModelError, UsageError
 from tapeline.integrations.forecast import check
 
 GIB = 2**30
@@ -182,6 +182,7 @@ def test_accumulated_gradients_are_there_all_the_time() -> None:
         ({"frozen_layers": 16}, "has 16: nothing would be trained"),
         ({"frozen_layers": -1}, "frozen_layers must be at least 0"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1"),
+        ({"lora_target_modules": "q_proj"}, "lora_r is 0: there are none"),
         ({"budget": "500%"}, "is more than rtx-4090 has: 24.00 GiB"),
         ({"budget": "25GiB"}, "is more than rtx-4090 has"),
     ],
@@ -189,3 +190,23 @@ def test_accumulated_gradients_are_there_all_the_time() -> None:
 def test_runs_that_make_no_sense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         tapeline.forecast("llama-3.2-1b", device="rtx-4090", max_length=256, **options)
+
+
+def test_adapters_on_fused_experts_are_refused_with_a_way_out(tmp_path: Path) -> None:
+    from transformers import MixtralConfig
+
+    MixtralConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    ).save_pretrained(tmp_path)
+    options: dict[str, Any] = {"device": "rtx-4090", "max_length": 64, "lora_r": 4}
+    with pytest.raises(UnsupportedModelError, match="lora_target_modules="):
+        tapeline.forecast(str(tmp_path), **options)
+    found = tapeline.forecast(str(tmp_path), lora_target_modules="q_proj,v_proj", **options)
+    assert found.fits
+    assert found.training == "LoRA r4 on q_proj,v_proj"

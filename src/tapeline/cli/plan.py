@@ -27,9 +27,8 @@ HostBudget = Annotated[str | None, typer.Option("--host_budget", help="Of the ho
 DiskBudget = Annotated[str, typer.Option("--disk_budget", help="Of the disk.")]
 MaxLength = Annotated[int, typer.Option("--max_length", help="Tokens per sequence.")]
 BatchSize = Annotated[int, typer.Option("--batch_size", help="Sequences per micro-batch.")]
-LoraR = Annotated[
-    int, typer.Option("--lora_r", help="Rank of LoRA adapters on all linear layers; 0 trains all weights.")
-]
+LoraR = Annotated[int, typer.Option("--lora_r", help="Rank of LoRA adapters; 0 trains all weights.")]
+LoraModules = Annotated[str, typer.Option("--lora_target_modules", help="all-linear, or names separated by commas.")]
 In4Bit = Annotated[bool, typer.Option("--load_in_4bit", help="The base is quantised to nf4.")]
 Optimizer = Annotated[str, typer.Option("--optimizer", help="Class of torch.optim.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="bfloat16 | float16 | float32.")]
@@ -48,6 +47,7 @@ def plan(
     max_length: MaxLength = 2048,
     batch_size: BatchSize = 1,
     lora_r: LoraR = 0,
+    lora_target_modules: LoraModules = "all-linear",
     load_in_4bit: In4Bit = False,
     optimizer: Optimizer = "AdamW",
     dtype: Dtype = "bfloat16",
@@ -89,6 +89,7 @@ def check(
     max_length: MaxLength = 2048,
     batch_size: BatchSize = 1,
     lora_r: LoraR = 0,
+    lora_target_modules: LoraModules = "all-linear",
     load_in_4bit: In4Bit = False,
     optimizer: Optimizer = "AdamW",
     dtype: Dtype = "bfloat16",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from tapeline.cost.catalogue import CPU, Device, find_device
-from tapeline.errors import InfeasibleBudgetError, UsageError, did_you_mean
+from tapeline.errors import InfeasibleBudgetError, UnsupportedModelError, UsageError, did_you_mean
 from tapeline.integrations.configs import find_config
 from tapeline.integrations.depth import Size, full_size, shortened
 from tapeline.integrations.peft import add_lora
@@ -30,6 +30,7 @@ _DTYPES = ("bfloat16", "float16", "float32")
 _MARGIN = 0.05
 _GIB = 2**30
 _ALPHA = 16
+ALL_LINEAR = "all-linear"
 _LEAST = {"max_length": 2, "batch_size": 1, "lora_r": 0, "gradient_accumulation_steps": 1, "frozen_layers": 0}
 
 
@@ -41,12 +42,13 @@ class Run:
         model: a built-in name (``llama-3.1-8b``), a local directory with a config.json, or a hub name.
         max_length: tokens of a sequence.
         batch_size: sequences of a micro-batch.
-        lora_r: rank of adapters on all linear layers; 0 trains all weights.
+        lora_r: rank of adapters; 0 trains all weights.
         load_in_4bit: the base is quantised to nf4.
         optimizer: name of a class of `torch.optim`.
         dtype: of weights and activations.
         gradient_accumulation_steps: micro-batches in an optimizer step.
         frozen_layers: the first so many layers are not trained, nor are the embeddings; adapters are on the others.
+        lora_target_modules: ``"all-linear"``, or names separated by commas.
     """
 
     model: str
@@ -58,6 +60,7 @@ class Run:
     dtype: str = "bfloat16"
     gradient_accumulation_steps: int = 1
     frozen_layers: int = 0
+    lora_target_modules: str = ALL_LINEAR
 
     def __post_init__(self) -> None:
         if self.load_in_4bit and not self.lora_r:
@@ -68,6 +71,8 @@ class Run:
             raise UsageError(
                 f"Unknown dtype {self.dtype!r}{did_you_mean(self.dtype, _DTYPES)}: use {', '.join(_DTYPES)}."
             )
+        if self.lora_target_modules != ALL_LINEAR and not self.lora_r:
+            raise UsageError("lora_target_modules names what gets adapters, and lora_r is 0: there are none.")
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise UsageError(f"{name} must be at least {least}, got {getattr(self, name)}.")
@@ -75,6 +80,7 @@ class Run:
     @property
     def training(self) -> str:
         what = f"LoRA r{self.lora_r}" if self.lora_r else "full fine-tuning"
+        what += f" on {self.lora_target_modules}" if self.lora_target_modules != ALL_LINEAR else ""
         what += f" above layer {self.frozen_layers}" if self.frozen_layers else ""
         what += f", {self.gradient_accumulation_steps} micro-batches" if self.gradient_accumulation_steps > 1 else ""
         return f"{what}, 4-bit base" if self.load_in_4bit else what
@@ -95,6 +101,7 @@ def forecast(
     dtype: str = "bfloat16",
     gradient_accumulation_steps: int = 1,
     frozen_layers: int = 0,
+    lora_target_modules: str = ALL_LINEAR,
     longest: bool = False,
 ) -> Forecast:
     """Say whether a fine-tuning run fits a device, at what cost, and what the known settings would give.
@@ -116,6 +123,7 @@ def forecast(
         dtype: of weights and activations.
         gradient_accumulation_steps: micro-batches in an optimizer step; times are those of one of them.
         frozen_layers: the first so many layers are not trained, nor are the embeddings; adapters are on the others.
+        lora_target_modules: ``"all-linear"``, or names of modules separated by commas.
         longest: find out the longest sequence of each setting; takes another recording.
 
     Returns:
@@ -141,6 +149,7 @@ def forecast(
         dtype=dtype,
         gradient_accumulation_steps=gradient_accumulation_steps,
         frozen_layers=frozen_layers,
+        lora_target_modules=lora_target_modules,
     )
     target = find_device(device)
     budgets = _budgets(target, budget, host_budget, disk_budget)
@@ -176,7 +185,7 @@ def _workload(run: Run, device: Device) -> tuple[Workload, Size]:
     config, kinds = shortened(find_config(run.model))
     model = model_without_weights(config, dtype=run.dtype, load_in_4bit=run.load_in_4bit)
     if run.lora_r:
-        model = add_lora(model, r=run.lora_r, alpha=_ALPHA, dropout=0.0, target_modules="all-linear")
+        model = add_lora(model, r=run.lora_r, alpha=_ALPHA, dropout=0.0, target_modules=run.lora_target_modules)
     if run.frozen_layers >= len(kinds):
         raise UsageError(
             f"frozen_layers is {run.frozen_layers}, and {run.model} has {len(kinds)}: nothing would be trained."
@@ -194,7 +203,15 @@ def _workload(run: Run, device: Device) -> tuple[Workload, Size]:
         num_frozen=run.frozen_layers,
         accumulation=run.gradient_accumulation_steps,
     )
-    return workload(Candidates(step), device, run.dtype, whole), size
+    try:
+        return workload(Candidates(step), device, run.dtype, whole), size
+    except UnsupportedModelError as error:
+        if not run.lora_r or run.lora_target_modules != ALL_LINEAR:
+            raise
+        raise UnsupportedModelError(
+            f"{error} Adapters on fused experts cannot be planned: name others, such as "
+            'lora_target_modules="q_proj,k_proj,v_proj,o_proj".'
+        ) from error
 
 
 def _size(model: nn.Module, kinds: Sequence[int], run: Run) -> Size:
