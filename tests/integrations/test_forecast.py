@@ -168,7 +168,7 @@ def test_accumulated_gradients_are_there_all_the_time() -> None:
     often = tapeline.forecast("llama-3.2-1b", device="rtx-4090", max_length=1024, gradient_accumulation_steps=8)
     gradients = 2 * once.num_trainable
     assert often.memory["gradients"] == gradients
-    recompute = {found.rows[1].device_bytes for found in (once, often)}
+    recompute = {row.device_bytes for found in (once, often) for row in found.rows if row.name == "recompute"}
     assert max(recompute) - min(recompute) <= gradients * 1.2
     assert often.rows[0].device_bytes >= once.rows[0].device_bytes
     assert often.rows[0].seconds < once.rows[0].seconds  # an eighth of the optimizer step

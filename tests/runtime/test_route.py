@@ -145,6 +145,20 @@ def test_every_known_setting_is_run() -> None:
     inputs = sum(stage.sizes[0] for stage in work.route.stages)
     assert rows["offload"].timeline is not None
     assert rows["offload"].timeline.moved_bytes <= inputs
+    most = [rows[name].device_bytes for name in ("none", "every 4th", "every 2nd", "recompute")]
+    assert most == sorted(most, reverse=True)
+    times = [rows[name].free_seconds for name in ("none", "every 4th", "every 2nd", "recompute")]
+    assert times == sorted(times)
+    one, half, all_ = (rows[name].free_seconds - times[0] for name in ("every 4th", "every 2nd", "recompute"))
+    count = len(work.route.stages)
+    assert one == pytest.approx(
+        all_ * -(-count // 4) / count, rel=0.1
+    )  # the first block is cheaper: it has less to recompute
+    assert half == pytest.approx(all_ * -(-count // 2) / count, rel=0.1)
+    links = links_of(DEVICE)
+    waits = inputs * (1 / links.to_host + 1 / links.to_device) + 2 * count * links.latency
+    assert rows["offload in turn"].free_seconds == pytest.approx(rows["recompute"].free_seconds + waits, rel=0.01)
+    assert rows["offload in turn"].device_bytes == pytest.approx(rows["offload"].device_bytes, rel=0.01)
 
 
 def test_a_block_that_is_called_twice_is_refused() -> None:
