@@ -12,12 +12,11 @@ import torch
 from bench import longest
 from bench.pages import tables
 from bench.quoted import GIB, LONGEST, Quote, line
-from bench.steps import CHUNK, CHUNKED, HEADS, STOCK, UNLIMITED, Case, Store, at, reach, record
+from bench.steps import CHUNK, CHUNKED, HEADS, STOCK, Case, at, needs, reach, record
+from bench.store import Store
 
 import tapeline
 from tapeline.cost.catalogue import find_device
-from tapeline.planner.route import Budgets
-from tapeline.planner.strategies import outcomes
 from tapeline.planner.synthetic import Shape
 from tapeline.runtime.route import links_of
 
@@ -74,17 +73,18 @@ def test_a_loss_in_chunks_is_the_loss() -> None:
 def needed(case: Case) -> tuple[dict[str, float], int]:
     """Bytes of the device by setting, and those of the loss."""
     route = record(case).on(find_device(DEVICE)).route
-    known = outcomes(route, Budgets(device=UNLIMITED), links_of(find_device(DEVICE)))
-    return {outcome.name: outcome.device_bytes for outcome in known}, route.loss_bytes
+    rows = needs(route, links_of(find_device(DEVICE)))
+    return {name: row["device_bytes"] for name, row in rows.items()}, route.loss_bytes
 
 
 def test_bytes_are_those_of_the_forecast_and_chunks_take_the_logits_off(folder: str, said: tapeline.Forecast) -> None:
     case = Case(model=folder, length=LENGTH)
     stock, logits = needed(case)
     chunked, in_chunks = needed(replace(case, head=CHUNKED))
-    for row in said.rows[:-1]:
-        assert stock[row.name] == pytest.approx(row.device_bytes, abs=1024)
-        assert chunked[row.name] < row.device_bytes
+    forecast = {row.name: row.device_bytes for row in said.rows}
+    for name, num_bytes in stock.items():
+        assert num_bytes == pytest.approx(forecast[name], abs=1024)
+        assert chunked[name] < num_bytes
     assert logits == pytest.approx(12 * LENGTH * SHAPE.vocabulary, rel=0.03)
     assert in_chunks < 20 * CHUNK * SHAPE.vocabulary
 
@@ -108,7 +108,7 @@ def test_fused_blocks_hold_their_inputs_on_the_host() -> None:
 def test_an_answer_is_the_longest_under_the_budget_of_the_card_with_its_host() -> None:
     quote = Quote(model="any", gigabytes=12, offloaded=1, checkpointed=0)
     budget = longest.budget_of(12)
-    rows = dict.fromkeys(longest.SETTINGS, (0.5, 1.0)) | {"recompute": (2.0, 3.0)}
+    rows = dict.fromkeys(longest.ANSWERED, (0.5, 1.0)) | {"recompute": (2.0, 3.0)}
     points = [
         {
             "tokens": n,

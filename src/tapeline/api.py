@@ -39,7 +39,7 @@ def fit(
         measure: as in `Session`.
         audit_every: as in `Session`.
         strict: as in `Session`.
-        per_shape: make a plan for each shape of batch, of all that are up to a quarter smaller than it. The plan of a shape that
+        per_shape: make a plan for each shape of batch, for all that are up to a fifth smaller. The plan of a shape that
             was not seen before is made in another thread while the plan for the next larger shape serves. Mode ``auto`` only.
         **options: the other arguments of `plan`.
 

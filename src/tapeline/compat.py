@@ -6,6 +6,7 @@ import inspect
 from contextlib import ExitStack
 from typing import Any
 
+import torch.utils._python_dispatch
 import torch.utils.checkpoint
 
 _CHECKPOINT_PARAMETERS = inspect.signature(torch.utils.checkpoint.checkpoint).parameters
@@ -91,6 +92,18 @@ def run_op(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for kind, _ in kinds:
             stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(_AUTOCAST_KEYS[kind], False))
         return func(*args, **kwargs)
+
+
+def forget_stale_modes() -> None:
+    """Correct torch's note that a dispatch mode is active, where none is: two threads that enter and leave modes in turn spoil it.
+
+    torch keeps it for the whole process, without a public way to ask or to set it; remove when it is one for each thread.
+    """
+    dispatch = torch.utils._python_dispatch
+    if not dispatch._get_current_dispatch_mode_stack():
+        for name in ("_is_in_torch_dispatch_mode", "_is_in_any_mode_without_ignore_compile_internals"):
+            if getattr(dispatch, name, False):
+                setattr(dispatch, name, False)
 
 
 def is_native(func: Any) -> bool:

@@ -37,6 +37,10 @@ def test_buckets_are_few(longest: int) -> None:
     assert len(buckets) <= 45  # log(10,000) / log(1.25) is 41
 
 
+def test_an_empty_dimension_ends_too() -> None:
+    assert Shape(0, 0).bucket(Shape(2, 48)) == Shape(2, 48)
+
+
 def test_beyond_the_grid_a_shape_is_its_own_bucket() -> None:
     assert Shape(3, 70).bucket(Shape(2, 64)) == Shape(3, 70)
     assert not Shape(2, 64).covers(Shape(3, 64))
@@ -54,6 +58,8 @@ def test_beyond_the_grid_a_shape_is_its_own_bucket() -> None:
         ((torch.zeros(4),), Shape(4, 1)),
         ((torch.tensor(1.0), {"note": "text"}), None),
         ((), None),
+        ((torch.zeros(0, 48),), None),
+        ({"attention_mask": torch.ones(2, 1, 5, 5), "input_ids": torch.zeros(2, 5)}, Shape(2, 5, is_padded=True)),
     ],
 )
 def test_shape_of(values: Any, expected: Shape | None) -> None:

@@ -53,6 +53,9 @@ class Ambient:
     @contextmanager
     def dtype_restored(self) -> Iterator[None]:
         """Make new tensors in the default dtype of then."""
+        if beside() is not None:  # the setting is that of the whole process
+            yield
+            return
         now = torch.get_default_dtype()
         torch.set_default_dtype(self.settings.default_dtype)
         try:
@@ -63,6 +66,9 @@ class Ambient:
     @contextmanager
     def _attention_restored(self) -> Iterator[None]:
         """Allow the attention kernels that were allowed then."""
+        if beside() is not None:
+            yield
+            return
         now = attention_kernels()
         allow_attention_kernels(self.settings.attention)
         try:

@@ -32,5 +32,7 @@ class Audit:
             return
         self.num_forwards += 1
         if self.num_forwards % self.every == 0:
-            self.seams[self.num_audits % len(self.seams)].is_due_for_audit = True
-            self.num_audits += 1
+            busy = [seam for seam in self.seams if not seam.is_idle]
+            if busy:
+                busy[self.num_audits % len(busy)].is_due_for_audit = True
+                self.num_audits += 1

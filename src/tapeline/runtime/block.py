@@ -66,6 +66,7 @@ class BlockSeam:
         self.is_strict = False
         """Keep everything, replay every op of every call, and raise where one differs."""
         self._prepared = PreparedCalls()
+        self.was_idle = False
         self._generation = library.generation, self.fingerprint.num_rebuilt
         self._unexpected: set[Any] = set()
         """Classes of calls that were not as those of another block of its like, and are yet to be verified."""
@@ -73,13 +74,14 @@ class BlockSeam:
 
     def place(self, role: Role) -> None:
         """Treat the calls from now on like this; what was forwarded before stays as it is."""
-        self.policy, self.drops_input, self.feeds_next, self._is_idle = role
+        self.policy, self.drops_input, self.feeds_next, self.is_idle = role
+        self.was_idle = self.was_idle or self.is_idle
         self._prepared.take(role)
 
     def __call__(self, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run ``forward(*args, **kwargs)``; nothing is spent where autograd records nothing."""
         is_training = self.is_in_force and self.module.training and torch.is_grad_enabled()
-        if not is_training or self._is_idle or torch.compiler.is_compiling() or has_transforms():
+        if not is_training or self.is_idle or torch.compiler.is_compiling() or has_transforms():
             return forward(*args, **kwargs)
         key, tensors = arguments_key(args, kwargs)
         token = self.fingerprint.token()

@@ -33,6 +33,10 @@ class Patches:
         """Add a forward pre-hook with keyword arguments to this one module."""
         self._handles.append(module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
 
+    def hook_after(self, module: nn.Module, hook: Any) -> None:
+        """Add a forward hook to this one module, which is called after an exception too."""
+        self._handles.append(module.register_forward_hook(hook, always_call=True))
+
     def set(self, target: Any, name: str, value: Any) -> None:
         """Set an attribute of this one object."""
         self._undo.append((target, name, vars(target).get(name, _MISSING)))

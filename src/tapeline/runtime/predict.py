@@ -6,7 +6,7 @@ import logging
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from tapeline.runtime.blocks import start_training
 from tapeline.runtime.install import Patches, install_blocks, managed_module, place_blocks
 from tapeline.runtime.library import Library
 from tapeline.runtime.step import LossFn, StepMeter, model_loss, track_training_state
-from tapeline.tape.beside import Beside, Demand, own_autocast
+from tapeline.tape.beside import Beside, Demand, no_draws, own_autocast
 from tapeline.tape.fake import ShapeMode, fake_batch, fake_copy, preserved_random_state
 from tapeline.tape.rules import Rules
 
@@ -105,7 +105,8 @@ class FakeStep:
         patches = Patches()
         real = list(micro_batches) or [self.batch] * self.accumulation
         fakes = [fake_batch(self.mode, batch) for batch in real]
-        with self._environment(), _explained(type(self.model).__name__):
+        guard = no_draws() if records and self.mode.beside is not None else nullcontext()
+        with self._environment(), _explained(type(self.model).__name__), guard:
             try:
                 every = bool(placements)
                 seams = install_blocks(patches, self.model, blocks, library, records=records, every=every)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from tapeline.cost.device import available_bytes
@@ -18,7 +20,9 @@ from tapeline.planner.schema import Alternative, Plan, parse_mode
 from tapeline.runtime.blocks import find_blocks
 from tapeline.runtime.candidates import Blocks, Candidates
 from tapeline.runtime.predict import FakeStep, OptimizerSpec
+from tapeline.runtime.shapes import Shape, named_tensors, shape_of
 from tapeline.runtime.step import LossFn, model_loss
+from tapeline.tape.beside import has_outer_state
 from tapeline.tape.rules import Rules
 from tapeline.units import Budget, format_bytes, parse_budget, parse_bytes
 
@@ -26,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _MARGIN = "5%"
 _MAX_CORRECTIONS = 6
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def plan(
@@ -142,6 +147,9 @@ class Search:
         """What the peak may reach, in bytes; known once there is a plan."""
         self.spare = 0
         """What is left of the budget beyond that."""
+        self.calls: list[dict[str, tuple[int, ...]]] = []
+        """The shapes of the tensors of each call of the model in a micro-batch, by name."""
+        self._call_shape: Shape | None = None
         names = _block_names(model, blocks, self.name)
         rules = Rules(_names("keep", keep), _names("drop", drop))
         self.batch = batch
@@ -158,7 +166,8 @@ class Search:
 
     def plan(self) -> Plan:
         """The plan for the batch that was given."""
-        candidates = Candidates(self.step)
+        with self._noted_calls():
+            candidates = Candidates(self.step)
         self.step.library.rules.check()
         self.limit, self.spare = _limit(candidates, self.wanted, self.margin)
         plan = self._plan(candidates)
@@ -174,6 +183,48 @@ class Search:
         """
         self.step.batch = batch
         return self._plan(Candidates(self.step, is_later=True))
+
+    def obstacle_beside_training(self) -> str | None:
+        """Why plans for other shapes cannot be made beside training; ``None`` if they can."""
+        return next(self._obstacles(), None)
+
+    def _obstacles(self) -> Iterator[str]:
+        shape, found = shape_of(self.batch), self._call_shape
+        if shape is None:
+            yield "the batch has none: no tensor in it has a dimension"
+        if self.step.draws_numbers:
+            yield "this model draws numbers in Python, NumPy or on the CPU that decide what it does: planning would draw too"
+        if len(self.calls) != 1:
+            yield f"the loss calls the model {len(self.calls)} times: what one call needs does not say what the step does"
+        elif found is None or found[:2] != (shape or ())[:2]:
+            yield f"the loss calls the model with other shapes ({found}) than the batch's ({shape})"
+        if has_outer_state(self.step.loss_fn):
+            yield "loss_fn has variables of a function or an object around it, which planning would write into too"
+        hooks = (hook for m in self.step.model.modules() for name in _HOOKS for hook in getattr(m, name).values())
+        if any(has_outer_state(hook, may_be_method=True) for hook in hooks):
+            yield "a hook on the model has variables of the function around it, which planning would write into too"
+
+    @contextmanager
+    def _noted_calls(self) -> Iterator[None]:
+        """Note what the model is called with in each micro-batch."""
+        step, loss_fn = self.step, self.step.loss_fn
+
+        def noted(model: nn.Module, batch: Any) -> torch.Tensor:
+            self.calls.clear()
+            return loss_fn(model, batch)
+
+        def note(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            tensors = named_tensors(args, kwargs)
+            self.calls.append({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+            self._call_shape = shape_of(tensors)
+
+        handle = step.model.register_forward_pre_hook(note, prepend=True, with_kwargs=True)
+        step.loss_fn = noted
+        try:
+            yield
+        finally:
+            step.loss_fn = loss_fn
+            handle.remove()
 
     def _plan(self, candidates: Candidates) -> Plan:
         try:

@@ -21,7 +21,7 @@ from tapeline.runtime.library import Library
 from tapeline.runtime.measure import PeakMeter, make_meter
 from tapeline.runtime.predict import model_device
 from tapeline.runtime.shape_plans import ShapePlans
-from tapeline.runtime.switch import PlanSwitch
+from tapeline.runtime.switch import AfterForward, PlanSwitch
 from tapeline.table import text_table
 from tapeline.tape.rules import Rules
 from tapeline.units import format_bytes, format_deviation
@@ -154,6 +154,7 @@ class Session:
             self._switch = PlanSwitch(plan, shapes, self._seams, self._library)
             if shapes is not None:
                 self._patches.hook(model, self._switch)
+                self._patches.hook_after(model, AfterForward(self._switch))
             self._audit = Audit(list(self._seams.values()), audit_every)
             self._patches.hook(model, self._audit)
         except BaseException:
@@ -165,7 +166,8 @@ class Session:
         self._measures_body = measure
         self._is_measuring = False
         self._notes: list[str] = []
-        logger.info("plan %r in force: %d of %d blocks replayed", plan.mode, len(self._seams), len(plan.blocks))
+        num_replayed = sum(not seam.is_idle for seam in self._seams.values())
+        logger.info("plan %r in force: %d of %d blocks replayed", plan.mode, num_replayed, len(plan.blocks))
 
     def __enter__(self) -> Session:
         if self._measures_body:
@@ -257,9 +259,11 @@ class Session:
 
     def remove(self) -> None:
         """Take the plan off and restore every attribute that was set; safe to call twice."""
-        self._switch.stop()
-        self._notes += self._ineffective()
-        self._patches.undo()
+        try:
+            self._switch.stop()
+            self._notes += self._ineffective()
+        finally:
+            self._patches.undo()
 
     def _ineffective(self) -> list[str]:
         notes = self._switch.notes()
@@ -274,7 +278,7 @@ class Session:
                 f"compiled by torch.compile, and left alone: {', '.join(compiled[:3])} ({len(compiled)} in all)"
             )
         total = sum(seam.num_calls for seam in self._seams.values())
-        idle = [name for name, seam in self._seams.items() if seam.num_calls == 0]
+        idle = [name for name, seam in self._seams.items() if seam.num_calls == 0 and not seam.was_idle]
         if idle and total:
             notes.append(f"planned to be recomputed but never recorded: {', '.join(idle[:3])}")
         elif idle and self._meter.peak_bytes is not None:

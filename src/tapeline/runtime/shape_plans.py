@@ -13,16 +13,19 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
+from tapeline.compat import forget_stale_modes
 from tapeline.errors import InfeasibleBudgetError, TapelineError, UsageError
 from tapeline.planner.schema import Plan
 from tapeline.runtime.search import Search
-from tapeline.runtime.shapes import Shape, cut, lay_over, shape_of
+from tapeline.runtime.shapes import Shape, cut, cut_shape, lay_over, named_tensors, shape_of
 from tapeline.tape.beside import CancelledError, Demand, SharedStateError
 
 logger = logging.getLogger(__name__)
 
 _PER_SHAPE = "per_shape makes plans for other shapes"
 _MAX_PLANS = 256
+_PACKED = ("position_ids", "cu_seq", "seq_idx", "max_length_q")
+"""Several sequences in a row of tokens: what they cost does not show in the shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,7 @@ class ShapePlans:
         base: the plan for the largest batch.
 
     Raises:
-        UsageError: if there is nothing to choose per shape, or the batch has no shape.
+        UsageError: if there is nothing to choose per shape, or planning beside training could change it.
     """
 
     def __init__(self, search: Search, base: Plan) -> None:
@@ -52,44 +55,52 @@ class ShapePlans:
             raise UsageError(
                 f"{_PER_SHAPE} only in mode 'auto' with a budget: mode {search.mode!r} does the same for every shape."
             )
-        largest = shape_of(search.batch)
-        if largest is None:
-            raise UsageError(f"{_PER_SHAPE}, and the batch has none: no tensor in it has a dimension.")
+        if (obstacle := search.obstacle_beside_training()) is not None:
+            raise UsageError(f"{_PER_SHAPE} while training runs, and {obstacle}. Use per_shape=False.")
+        largest, (call,) = shape_of(search.batch), search.calls
+        assert largest is not None, "an obstacle otherwise"
         self.search, self.base, self.largest = search, base, largest
+        self._base_call = call
         self.plans: dict[Shape, Plan] = {largest: base}
-        """The plan of each bucket that has one."""
+        """The plan of each bucket that has one; replaced as a whole."""
         self.reasons: dict[Shape, str] = {}
-        """Why other buckets have none."""
-        if search.step.draws_numbers:
-            raise UsageError(
-                f"{_PER_SHAPE} while training runs, and this model draws numbers in Python, NumPy or on the CPU that decide "
-                "what it does: drawing for a plan would change the training. Use per_shape=False."
-            )
+        """Why other buckets have none; replaced as a whole."""
         self._batch = tree_map(_hold, search.step.fake_batch())
         search.batch = search.step.batch = None  # of the user's device
-        self._serving: dict[Shape, Shape] = {}
+        self._coming: dict[Shape, threading.Event] = {}
+        """Buckets in the queue or being planned."""
         self._queue: deque[tuple[Shape, Mapping[str, Any]]] = deque()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
         self._is_stopped = False
         self._num_waiting = 0
 
     def serve(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Plan:
         """The plan for a call of the model with these arguments; takes microseconds."""
-        shape = shape_of((args, kwargs))
+        tensors = named_tensors(args, kwargs)
+        shape = shape_of(tensors)
         if shape is None:
             return self.base
         bucket = shape.bucket(self.largest)
-        serving = self._serving.get(bucket)
-        if serving is None:
-            serving = self._next_larger(bucket)
-            if serving != bucket:
-                self._request(bucket, kwargs, self.plans[serving])
-                if not serving.covers(bucket):
-                    self.wait()  # no plan that there is keeps the budget with this call
-                    serving = self._next_larger(bucket)
-            self._serving[bucket] = serving
-        return self.plans[serving]
+        if bucket.batch > self.largest.batch or bucket.length > self.largest.length:
+            self._note(
+                bucket, f"the plan was made for batches of up to {self.largest}, and larger ones may exceed the budget"
+            )
+            return self.base
+        if not self._is_within(tensors, bucket):
+            return self.base
+        plans = self.plans
+        plan = plans.get(bucket)
+        if plan is not None:
+            return plan
+        serving = self._next_larger(plans, bucket)
+        is_covered = serving.covers(bucket)
+        if not (is_covered and plans[serving].keeps_all):
+            done = self._request(bucket, kwargs, is_first=not is_covered)
+            if done is not None and not is_covered and torch._C._current_autograd_node() is None:
+                self._wait_for(done)  # no plan that there is keeps the budget with this call
+                return self.plans.get(bucket, plans[serving])
+        return plans[serving]
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until every bucket that was seen has its plan.
@@ -116,6 +127,7 @@ class ShapePlans:
             self._is_stopped = True
             self._queue.clear()
         self.wait()
+        forget_stale_modes()
 
     def notes(self) -> list[str]:
         """Which shapes have no plan of their own, and why."""
@@ -124,25 +136,45 @@ class ShapePlans:
             by_reason.setdefault(reason, []).append(str(shape))
         return [f"no plan of its own for {', '.join(shapes)}: {reason}" for reason, shapes in by_reason.items()]
 
-    def _next_larger(self, bucket: Shape) -> Shape:
+    def _is_within(self, tensors: Mapping[str, torch.Tensor], bucket: Shape) -> bool:
+        """Whether every tensor of a call is one of the largest batch's, and no larger than the bucket's plan is for."""
+        for name, tensor in tensors.items():
+            known = self._base_call.get(name)
+            if known is None or len(known) != tensor.dim() or name.startswith(_PACKED):
+                return False
+            if any(
+                size > most for size, most in zip(tensor.shape, cut_shape(known, self.largest, bucket), strict=True)
+            ):
+                return False
+        return True
+
+    def _next_larger(self, plans: Mapping[Shape, Plan], bucket: Shape) -> Shape:
         """Whose plan serves; the base, if none is large enough."""
-        covering = [shape for shape in self.plans if shape.covers(bucket)]
+        covering = [shape for shape in plans if shape.covers(bucket)]
         return min(covering, key=lambda shape: (shape.batch * shape.length, shape.is_padded), default=self.largest)
 
-    def _request(self, bucket: Shape, call: Mapping[str, Any], serving: Plan) -> None:
-        if bucket.batch > self.largest.batch or bucket.length > self.largest.length:
-            self.reasons[bucket] = f"the plan was made for batches of up to {self.largest}"
-            return
-        is_better = not serving.keeps_all or not self._next_larger(bucket).covers(bucket)
+    def _request(self, bucket: Shape, call: Mapping[str, Any], *, is_first: bool) -> threading.Event | None:
+        """Queue a bucket, once; returns what is set when it is done, ``None`` if no plan will come."""
         with self._lock:
-            if not is_better or bucket in self.reasons or self._is_stopped or len(self.plans) >= _MAX_PLANS:
-                return
+            if bucket in self._coming:
+                return self._coming[bucket]
+            if bucket in self.reasons or self._is_stopped or len(self.plans) >= _MAX_PLANS:
+                return None
             tensors = {n: t.detach().cpu() for n, t in call.items() if isinstance(t, torch.Tensor) and _is_small(t)}
-            self._queue.append((bucket, tensors))
-            if self._thread is None or not self._thread.is_alive():
+            (self._queue.appendleft if is_first else self._queue.append)((bucket, tensors))
+            done = self._coming[bucket] = threading.Event()
+            if self._thread is None:
                 # it holds neither the model nor the session; a process that ends waits for it to notice
-                self._thread = threading.Thread(target=self._work, name="tapeline-plans", daemon=False)
-                self._thread.start()
+                thread = threading.Thread(target=self._work, name="tapeline-plans", daemon=False)
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    self._queue.clear()
+                    del self._coming[bucket]
+                    self._note(bucket, f"no thread can be started ({error})")
+                    return None
+                self._thread = thread
+            return done
 
     def _work(self) -> None:
         while True:
@@ -151,7 +183,13 @@ class ShapePlans:
                     self._thread = None
                     return
                 bucket, call = self._queue.popleft()
-            self._make(bucket, call)
+            try:
+                serving = self._next_larger(self.plans, bucket)
+                if not (serving.covers(bucket) and self.plans[serving].keeps_all):  # one that came since then
+                    self._make(bucket, call)
+            finally:
+                with self._lock:
+                    self._coming.pop(bucket).set()
 
     def _make(self, bucket: Shape, call: Mapping[str, Any]) -> None:
         step = self.search.step
@@ -162,20 +200,30 @@ class ShapePlans:
         except CancelledError:
             return
         except InfeasibleBudgetError as error:
-            self.reasons[bucket] = f"it needs {error.smallest_feasible_bytes} bytes, more than the budget"
+            self._note(bucket, f"it needs {error.smallest_feasible_bytes} bytes, more than the budget")
         except SharedStateError as error:
-            self.reasons[bucket] = str(error)
+            self._note(bucket, f"planning it would change the training: {error}")
         except TapelineError as error:
-            self.reasons[bucket] = f"its step cannot be run on tensors without data ({error})"
+            self._note(bucket, f"its step cannot be run on tensors without data ({error})")
         except Exception as error:  # whatever a model raises with a batch that it did not expect must not end training
-            logger.warning("no plan for batches of %s", bucket, exc_info=True)
-            self.reasons[bucket] = f"{type(error).__name__}: {error}"
+            logger.debug("no plan for batches of %s", bucket, exc_info=True)
+            self._note(bucket, f"{type(error).__name__}: {error}")
         else:
-            self.plans[bucket] = plan
-            self._serving.clear()
+            self.plans = {**self.plans, bucket: plan}
             logger.info("batches of up to %s: %.3fx FLOPs", bucket, plan.slowdown)
         finally:
             step.batch = None
+
+    def _note(self, bucket: Shape, reason: str) -> None:
+        if bucket not in self.reasons and len(self.reasons) < _MAX_PLANS:
+            self.reasons = {**self.reasons, bucket: reason}
+
+    def _wait_for(self, done: threading.Event) -> None:
+        self._num_waiting += 1
+        try:
+            done.wait()
+        finally:
+            self._num_waiting -= 1
 
     def _cut(self, bucket: Shape) -> Any:
         whole = tree_map(lambda held: held.tensor.to(held.device) if isinstance(held, _Held) else held, self._batch)

@@ -1,12 +1,12 @@
 """The shape of a batch, and the buckets that shapes are planned in.
 
 Training batches differ in length, and the last one in size. What a plan decides changes little from one length to the next, so
-shapes share a plan with all that are not more than a quarter smaller in either dimension, and it holds for the largest.
+shapes share a plan with all that are not more than a fifth smaller in either dimension, and it holds for the largest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -48,16 +48,28 @@ def shape_of(values: Any) -> Shape | None:
         values: tensors in any nesting of tuples, lists and dicts.
 
     Returns:
-        ``None`` if there is no tensor with a dimension.
+        ``None`` if there is no tensor with a dimension, or an empty one.
     """
     named = dict(_named(values))
     leading = next((named[name] for name in _LEADING if name in named), None)
     if leading is None:
         leading = next((leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor) and leaf.dim()), None)
-    if leading is None or leading.dim() == 0:
+    if leading is None or leading.dim() == 0 or leading.numel() == 0:
         return None
-    is_padded = any(_is_mask(name, tensor) and bool((tensor == 0).any()) for name, tensor in named.items())
+    is_padded = any(_may_leave_out(tensor) for name, tensor in named.items() if _MASK in name)
     return Shape(leading.shape[0], leading.shape[1] if leading.dim() > 1 else 1, is_padded)
+
+
+def named_tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors among the arguments of a call by name; those without a name have their number."""
+    found = dict(_named(kwargs))
+    leaves = (leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
+    return {str(number): leaf for number, leaf in enumerate(leaves)} | found
+
+
+def _may_leave_out(mask: torch.Tensor) -> bool:
+    """Whether a mask leaves something out; one on an accelerator is not looked at, which would wait for all kernels."""
+    return mask.dim() != 2 or not _is_whole(mask) or mask.device.type != "cpu" or bool((mask == 0).any())
 
 
 def cut(batch: Any, largest: Shape, shape: Shape) -> Any:
@@ -70,16 +82,20 @@ def cut(batch: Any, largest: Shape, shape: Shape) -> Any:
     def cut_leaf(tensor: Any) -> Any:
         if not isinstance(tensor, torch.Tensor) or tensor.dim() == 0:
             return tensor
-        places = [0] if tensor.shape[0] == largest.batch else []
-        lengths = [place for place in range(1, tensor.dim()) if tensor.shape[place] == largest.length]
-        index = [slice(None)] * tensor.dim()
-        for place in places:
-            index[place] = slice(shape.batch)
-        for place in lengths[:1] if lengths[:1] == [1] else lengths:
-            index[place] = slice(shape.length)
-        return tensor[tuple(index)].contiguous()
+        sizes = cut_shape(tuple(tensor.shape), largest, shape)
+        return tensor[tuple(slice(size) for size in sizes)].contiguous()
 
     return tree_map(cut_leaf, batch)
+
+
+def cut_shape(sizes: Sequence[int], largest: Shape, shape: Shape) -> tuple[int, ...]:
+    """The dimensions of one tensor of a batch of shape `largest` that is cut down to `shape`."""
+    lengths = [place for place in range(1, len(sizes)) if sizes[place] == largest.length]
+    taken = lengths[:1] if lengths[:1] == [1] else lengths
+    cut_sizes = [shape.length if place in taken else size for place, size in enumerate(sizes)]
+    if cut_sizes and sizes[0] == largest.batch:
+        cut_sizes[0] = shape.batch
+    return tuple(cut_sizes)
 
 
 def lay_over(batch: Any, call: Mapping[str, Any], *, is_padded: bool) -> Any:
@@ -108,13 +124,17 @@ def lay_over(batch: Any, call: Mapping[str, Any], *, is_padded: bool) -> Any:
             index = tuple(slice(min(*sizes)) for sizes in zip(given.shape, below.shape, strict=True))
             laid[name] = below.clone()
             laid[name][index] = given[index].to(below.device)
+    for name, tensor in laid.items():
+        if is_padded and isinstance(tensor, torch.Tensor) and _is_mask(name, tensor) and bool((tensor != 0).all()):
+            laid[name] = tensor.clone()
+            laid[name][0, -1] = 0
     return laid
 
 
 def _edge(size: int, largest: int) -> int:
     """The smallest edge of the grid that is not below `size`; the size itself beyond the grid."""
     edge = largest
-    while size <= int(edge / GROWTH):
+    while 0 < size <= int(edge / GROWTH):
         edge = int(edge / GROWTH)
     return max(edge, size)
 

@@ -18,6 +18,25 @@ from tapeline.runtime.shape_plans import ShapePlans
 _MAX_CALLS = 1024
 
 
+class _Inert:
+    """What a copy of a model has in the place of its hooks."""
+
+    def __call__(self, *_: Any, **__: Any) -> None: ...
+
+
+class AfterForward:
+    """A forward hook of the model: its forward is over."""
+
+    def __init__(self, switch: PlanSwitch) -> None:
+        self._switch = switch
+
+    def __call__(self, *_: Any) -> None:
+        self._switch.leave()
+
+    def __reduce__(self) -> tuple[type[_Inert], tuple[()]]:
+        return _Inert, ()
+
+
 class PlanSwitch:
     """A forward pre-hook of the model: before each training forward the blocks get the plan for its shape.
 
@@ -46,6 +65,15 @@ class PlanSwitch:
             place_blocks(self._seams, plan.blocks, self._library)
             self._current = plan
         self._used.setdefault(id(plan), plan)
+
+    def leave(self) -> None:
+        """Go back to the plan for the largest shape, which parts of the model that are called by themselves follow."""
+        if self._current is not self._base:
+            place_blocks(self._seams, self._base.blocks, self._library)
+            self._current = self._base
+
+    def __reduce__(self) -> tuple[type[_Inert], tuple[()]]:
+        return _Inert, ()  # a copied model belongs to no session
 
     @property
     def used(self) -> list[Plan]:

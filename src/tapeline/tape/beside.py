@@ -6,12 +6,17 @@ only thought through must neither draw from the ones nor throw away the others.
 
 from __future__ import annotations
 
+import functools
+import inspect
+import random
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -22,6 +27,9 @@ from tapeline.errors import TapelineError
 _WORK_SECONDS = 0.5e-3
 _REST = 3.0
 """Times as long as it has worked."""
+
+
+_GENERATORS = (random.Random, np.random.RandomState, np.random.Generator)
 
 
 class SharedStateError(TapelineError):
@@ -92,6 +100,40 @@ class Beside:
 
 def _is_cached(source: Any) -> bool:
     return isinstance(source, nn.Parameter) and source.requires_grad and source.dtype == torch.float32
+
+
+def has_outer_state(function: Any, *, may_be_method: bool = False) -> bool:
+    """Whether a function has variables of a function or an object around it: a copy of a model has not copied them.
+
+    Args:
+        function: a function, a partial, or any callable.
+        may_be_method: an object that it belongs to is known to be a copy.
+    """
+    while isinstance(function, functools.partial):
+        function = function.func
+    if inspect.ismethod(function) or not inspect.isroutine(function):
+        return not may_be_method
+    return bool(getattr(function, "__closure__", None))
+
+
+@contextmanager
+def no_draws() -> Iterator[None]:
+    """Stop at the first draw from the generators of Python or NumPy, which all threads share.
+
+    Raises:
+        SharedStateError: before a number is drawn.
+    """
+    before = sys.getprofile()
+
+    def notice(frame: Any, event: str, function: Any) -> None:
+        if event == "c_call" and isinstance(getattr(function, "__self__", None), _GENERATORS):
+            raise SharedStateError(f"the model draws a number in Python ({function.__name__})")
+
+    sys.setprofile(notice)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
 
 
 def beside() -> Beside | None:
