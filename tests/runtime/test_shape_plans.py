@@ -20,7 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tapeline
 from tapeline.errors import UsageError
+from tapeline.runtime.ambient import Ambient
 from tapeline.runtime.search import Search
+from tapeline.runtime.signature import surroundings
 from tapeline.tape.beside import Demand
 from tests.models import _llama, token_batch
 
@@ -411,3 +413,17 @@ def test_a_call_of_a_known_shape_costs_less_than_five_milliseconds() -> None:
             times.append(time.perf_counter() - start)
     assert len(session.plans) == 2
     assert statistics.median(times) < 5e-3
+
+
+def test_settings_of_the_process_are_not_written_beside_training() -> None:
+    search = Search(Fussy(), torch.randn(4, 64, 16), "60%", loss_fn=total)
+    now = surroundings()
+    then = now._replace(default_dtype=torch.float64, attention=tuple(not allowed for allowed in now.attention))
+    state = torch.get_rng_state()
+    ambient = Ambient(then, [])
+    with search.step.beside_training(lambda: Demand.NOW), search.step.mode, ambient.restored():
+        assert surroundings().default_dtype == now.default_dtype
+        assert surroundings().attention == now.attention
+    with ambient.restored():  # as in a backward of one's own
+        assert surroundings().attention == then.attention
+    assert torch.equal(torch.get_rng_state(), state)
