@@ -26,6 +26,7 @@ from tapeline.runtime.block import BlockSeam
 from tapeline.runtime.frame import Frame, Phase, unpack
 from tapeline.runtime.inputs import Chain
 from tapeline.runtime.library import Library
+from tapeline.runtime.role import Role
 from tapeline.runtime.signature import arguments_key, surroundings
 from tapeline.tape.program import Recipe
 from tapeline.tape.replay import run_program
@@ -102,7 +103,7 @@ class Block:
     def seam(self, policy: Policy) -> BlockSeam:
         """A seam of its own for this block, which has recorded these arguments."""
         device = next(self.module.parameters()).device
-        seam = BlockSeam("block", self.module, policy, Library(nominal_rates(device)), Chain())
+        seam = BlockSeam("block", self.module, Library(nominal_rates(device)), Chain(), Role(policy))
         self.managed(seam).sum().backward()
         return seam
 

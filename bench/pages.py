@@ -67,6 +67,12 @@ def _gib(size: float, digits: int = 1) -> str:
     return f"{size / GIB:.{digits}f}"
 
 
+def _host(size: float) -> str:
+    """GiB of the host, in parentheses."""
+    gib = size / GIB
+    return f"({gib:.0f})" if gib >= 10 else f"({gib:.1f})"
+
+
 def _percent(share: float) -> str:
     return f"{100 * share + 0.0:.0f}%".replace("-0%", "0%")
 
@@ -249,7 +255,7 @@ def longest(record: dict[str, Any]) -> str:
     found = record["longest"]
     rows = []
     for row in found["rows"]:
-        quoted = f"{row['offloaded']:,} ({_gib(_host(found, row['model'], row['offloaded']), 0)})"
+        quoted = f"{row['offloaded']:,} {_host(_inputs(found, row['model'], row['offloaded']))}"
         rows.append([*_card(row), quoted, *_ways(row, "offload", (STOCK, CHUNKED, FUSED, LEAN))])
     header = ("model", "card", "budget, GiB", "quoted: inputs on the host (host, GiB)", "logits at once", "logits in chunks",
               "fused kernels by formula", "and a smaller base")  # fmt: skip
@@ -267,11 +273,11 @@ def _card(row: dict[str, Any]) -> list[str]:
 def _tokens(found: dict[str, Any]) -> str:
     if not found["tokens"]:
         return "none"
-    host = f" ({_gib(found['host_bytes'], 0)})" if found["host_bytes"] is not None else ""
+    host = f" {_host(found['host_bytes'])}" if found["host_bytes"] is not None else ""
     return f"{found['tokens']:,}{host}"
 
 
-def _host(found: dict[str, Any], model: str, tokens: int) -> float:
+def _inputs(found: dict[str, Any], model: str, tokens: int) -> float:
     """Bytes on the host with all inputs of blocks there."""
     points = found["points"][model][STOCK]
     return at([(p["tokens"], p["rows"]["offload"]["host_bytes"]) for p in points], tokens)
@@ -291,19 +297,19 @@ def plans(record: dict[str, Any]) -> str:
                 *_card(row)[:2],
                 _tokens(there["offload"]),
                 *(_step(at_offload[name]) if at_offload else "-" for name in ("offload", SAME_HOST, PLAN)),
-                _tokens(there[SAME_HOST]),
+                _tokens(there[SAME_HOST] | {"host_bytes": _inputs(found, row["model"], there[SAME_HOST]["tokens"])}),
                 _tokens(there[PLAN]),
                 last,
                 *_ways(row, PLAN, (FUSED,)),
             ]
         )
     header = ("model", "card", "inputs on the host", "its step", "plan there, no more host", "plan there, 128 GiB",
-              "longest, no more host", "longest, 128 GiB", "its step", "longest, fused kernels")  # fmt: skip
+              "longest, host of inputs", "longest, 128 GiB", "its step", "longest, fused kernels")  # fmt: skip
     return markdown(header, rows)
 
 
 def _step(found: dict[str, Any] | None) -> str:
-    return "-" if found is None else f"{found['slowdown']:.2f}x ({_gib(found['host_bytes'], 0)})"
+    return "-" if found is None else f"{found['slowdown']:.2f}x {_host(found['host_bytes'])}"
 
 
 def checkpointed(record: dict[str, Any]) -> str:
