@@ -166,7 +166,7 @@ def lora(record: dict[str, Any]) -> str:
 def headlines(record: dict[str, Any]) -> str:
     """What guides promise of memory and time, beside the least and the most that was computed."""
     found = record["shares"]
-    promised = {
+    promised: dict[str, list[tuple[Share | None, Share | None]]] = {
         "checkpointed": [(c.saved, c.slowdown) for c in CLAIMS if c.mode == "recompute"],
         "inputs on the host": [(c.saved, c.slowdown) for c in CLAIMS if c.mode == "offload" and not c.remark],
         "aggressive": [AGGRESSIVE],

@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from tapeline.cost.catalogue import Device
 from tapeline.cost.rates import Rates
@@ -84,7 +86,8 @@ def workload(candidates: Candidates, device: Device, dtype: str, whole: Whole | 
     whole = whole or Whole(layers=tuple(range(len(stages))), weight_bytes=0, trainable_bytes=0)
     short_trainable = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     trainable = whole.trainable_bytes or short_trainable
-    state = profile.memory["optimizer"] * trainable // max(1, short_trainable)
+    short_state = _state_bytes(candidates.step.optimizer)
+    state = short_state * trainable // max(1, short_trainable)
     weights = whole.weight_bytes or profile.memory["weights"]
     shared = {id(stage): stage for stage in stages}
     if whole.accumulation > 1:
@@ -95,7 +98,7 @@ def workload(candidates: Candidates, device: Device, dtype: str, whole: Whole | 
         for number, layer in enumerate(whole.layers)
     )
     in_blocks = sum(stage.gradient_bytes for stage in chain)
-    first, head, head_forward = _outside(profile, stages)
+    first, head, head_forward = _outside(profile, stages, short_state)
     memory = {
         "context": device.context_bytes,
         "weights": weights,
@@ -179,13 +182,19 @@ def _point(profile: StepProfile, phase: str, name: str) -> Point | None:
     return next((point for point in profile.points if (point.phase, point.block) == (phase, name)), None)
 
 
-def _outside(profile: StepProfile, stages: list[Stage]) -> tuple[int, int, int]:
+def _state_bytes(optimizer: torch.optim.Optimizer | None) -> int:
+    """Of the optimizer, without what its step needs: where that is the peak, the ledger counts both as the optimizer's."""
+    state = {} if optimizer is None else optimizer.state
+    leaves = (leaf for entry in state.values() for leaf in tree_leaves(entry))
+    return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
+
+
+def _outside(profile: StepProfile, stages: list[Stage], state: int) -> tuple[int, int, int]:
     """Bytes beside blocks: held from before the first on; of the head and the loss at their peak, and in forward alone.
 
     The last two contain the last output and whatever else is there at the loss beyond what the stages keep.
     """
-    kinds = ("weights", "optimizer", "batch")
-    fixed = sum(profile.memory[kind] for kind in kinds)
+    fixed = profile.memory["weights"] + profile.memory["batch"] + state
     places = [i for i, point in enumerate(profile.points) if point.phase == FORWARD and point.block is not None]
     first = max(0, profile.points[places[0]].start_bytes - fixed - stages[0].sizes[0])
     kept = sum(stage.sizes[value] for stage in stages for value in stage.held | set(stage.needed))
