@@ -9,6 +9,7 @@ import random
 import statistics
 import threading
 import time
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,8 @@ from tapeline.runtime.ambient import Ambient
 from tapeline.runtime.search import Search
 from tapeline.runtime.signature import surroundings
 from tapeline.tape.beside import Demand
+from tapeline.train.config import TrainConfig
+from tapeline.train.run import _shape_plans
 from tests.models import _llama, token_batch
 
 
@@ -427,3 +430,15 @@ def test_settings_of_the_process_are_not_written_beside_training() -> None:
     with ambient.restored():  # as in a backward of one's own
         assert surroundings().attention == then.attention
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_training_run_goes_on_with_one_plan_where_others_cannot_be_made() -> None:
+    seen: list[Any] = []
+    said: list[str] = []
+    model = Fussy()
+    model.layers[0].register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    search = Search(model, torch.randn(4, 64, 16), "60%", loss_fn=total)
+    observer = types.SimpleNamespace(said=said.append)
+    assert _shape_plans(TrainConfig(), search, search.plan(), observer) is None  # type: ignore[arg-type]
+    (line,) = said
+    assert line.startswith("One plan for all shapes of batches: a hook on the model has variables of the function around it")

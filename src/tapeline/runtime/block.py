@@ -67,6 +67,7 @@ class BlockSeam:
         """Keep everything, replay every op of every call, and raise where one differs."""
         self._prepared = PreparedCalls()
         self.was_idle = False
+        """Whether any plan so far had nothing for it to do."""
         self._generation = library.generation, self.fingerprint.num_rebuilt
         self._unexpected: set[Any] = set()
         """Classes of calls that were not as those of another block of its like, and are yet to be verified."""

@@ -127,7 +127,8 @@ def _plan_and_run(job: _Job) -> Result:
     )
     make_output_dir(config, output_dir)
     with disk_errors(output_dir):
-        with Session(job.model, plan, measure=False, shapes=_shape_plans(config, search, plan)) as session:
+        shapes = _shape_plans(config, search, plan, observer)
+        with Session(job.model, plan, measure=False, shapes=shapes) as session:
             result = _run(job, trainer, session, predictor)
         if result.status == "done":
             _save(job, trainer, result)
@@ -142,9 +143,12 @@ def _plan_and_run(job: _Job) -> Result:
     return result
 
 
-def _shape_plans(config: TrainConfig, search: Search, plan: Plan) -> ShapePlans | None:
+def _shape_plans(config: TrainConfig, search: Search, plan: Plan, observer: Observer) -> ShapePlans | None:
     """Plans for other shapes than the largest, where there is something to choose for each."""
-    if not config.per_shape or search.name != "auto" or plan.keeps_all or search.step.draws_numbers:
+    if not config.per_shape or search.name != "auto" or plan.keeps_all:
+        return None
+    if (obstacle := search.obstacle_beside_training()) is not None:
+        observer.said(f"One plan for all shapes of batches: {obstacle}.")
         return None
     return ShapePlans(search, plan)
 
