@@ -441,4 +441,6 @@ def test_a_training_run_goes_on_with_one_plan_where_others_cannot_be_made() -> N
     observer = types.SimpleNamespace(said=said.append)
     assert _shape_plans(TrainConfig(), search, search.plan(), observer) is None  # type: ignore[arg-type]
     (line,) = said
-    assert line.startswith("One plan for all shapes of batches: a hook on the model has variables of the function around it")
+    assert line.startswith(
+        "One plan for all shapes of batches: a hook on the model has variables of the function around it"
+    )
