@@ -197,7 +197,7 @@ def dropped(block: Block, rounds: Rounds) -> dict[str, float]:
 
     def replay() -> None:
         for phase in phases:
-            run_program(phase.program, phase.sources, phase.roots)
+            run_program(phase.program, _used(phase), phase.roots)
 
     identity, managed, replayed = rounds.microseconds(
         lambda: _step_with_identity_hooks(block), lambda: block.managed_step(seam), replay
@@ -213,7 +213,7 @@ def replays(block: Block, rounds: Rounds) -> dict[str, float]:
 
     def replay() -> None:
         for phase in phases:
-            run_program(phase.program, phase.sources, phase.roots)
+            run_program(phase.program, _used(phase), phase.roots)
 
     def phase_replay() -> None:
         for phase in phases:
@@ -347,6 +347,11 @@ def _phases(seam: BlockSeam, block: Block) -> list[Phase]:
     return phases
 
 
+def _used(phase: Phase) -> list[torch.Tensor]:
+    """The sources that its program reads."""
+    return [phase.sources[number] for number in phase.program.sources]
+
+
 def _bare_calls(phase: Phase) -> list[tuple[Any, Any, Any]]:
     """The calls of a program with the very operands that they have."""
     found: list[tuple[Any, Any, Any]] = []
@@ -365,7 +370,7 @@ def _bare_calls(phase: Phase) -> list[tuple[Any, Any, Any]]:
         function.__globals__,
         argdefs=tuple(noting(value) if isinstance(value, _CALLED) else value for value in function.__defaults__),
     )
-    run_program(replace(phase.program, script=script._replace(function=noted)), phase.sources, phase.roots)
+    run_program(replace(phase.program, script=script._replace(function=noted)), _used(phase), phase.roots)
     return found
 
 

@@ -104,7 +104,7 @@ class BlockChoice:
 def choose(graph: BlockGraph, policy: Policy) -> BlockChoice:
     """The best choice for one tape under a policy."""
     is_open = any(graph.values[value].must_drop for value in graph.saved)
-    held = _hold_all(graph) if policy.keeps_all and not is_open else _cut(graph, policy)
+    held = _hold_all(graph) if not policy.price and not is_open else _cut(graph, policy)
     return _scheduled(graph, held, policy.rerun)
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-Saved = Literal["device", "cheap", "mixed", "recompute"]
+Saved = Literal["device", "cheap", "mixed", "moved", "recompute"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,24 +19,36 @@ class Policy:
     """Replay no matrix product and no attention, whatever the price."""
     rerun: float = 0.0
     """Replay time that may be spent again, as a share, so that the working set becomes smaller; ``inf``: no limit."""
+    host: tuple[str, ...] = ()
+    """What is held on the host instead of the device: names of submodules or operations, as in ``keep``. What they make is held
+    for that; ``*`` stands for what is held anyway."""
+    disk: tuple[str, ...] = ()
+    """The same for the disk."""
     has_output: bool = True
     """What the block returns is there in backward whatever it holds; not so if the next block drops its input."""
 
     @property
     def keeps_all(self) -> bool:
-        """Whether nothing is dropped."""
-        return self.price == 0
+        """Whether nothing is dropped, and nothing moved."""
+        return self.price == 0 and not self.moves
+
+    @property
+    def moves(self) -> bool:
+        """Whether something that is held is moved."""
+        return bool(self.host or self.disk)
 
     @property
     def drops_all(self) -> bool:
         """Whether everything is dropped that can be."""
-        return math.isinf(self.price) and not self.is_cheap
+        return math.isinf(self.price) and not self.is_cheap and not self.moves
 
     @property
     def saved(self) -> Saved:
-        """In a word: everything on the device, all but what replays for nothing, a mixture, or everything recomputed."""
+        """In a word: everything on the device, all but what replays for nothing, a mixture, partly moved, or all recomputed."""
         if self.keeps_all:
             return "device"
+        if self.moves:
+            return "moved"
         if self.is_cheap:
             return "cheap"
         return "recompute" if self.drops_all else "mixed"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tapeline.planner.chain import Chain, Option
 
@@ -55,6 +55,10 @@ class StepProfile:
     """The step in order of time."""
     blocks: dict[str, BlockFacts]
     """Facts by block name."""
+    moved_bytes: dict[str, int] = field(default_factory=dict)
+    """Bytes that left the device, by tier."""
+    room_bytes: dict[str, int] = field(default_factory=dict)
+    """Room that they took there."""
     outside_flops: int = 0
     """Operations outside blocks: embeddings, the head and the loss, in forward and backward."""
 

@@ -13,9 +13,9 @@ from tapeline.planner.policy import KEEP, Policy, Saved
 from tapeline.table import text_table
 from tapeline.units import format_bytes, format_flops
 
-SCHEMA_VERSION = 2
-MODES = ("auto", "none", "cheap", "recompute", "segments", "least")
-Placement = Literal["device", "recompute"]
+SCHEMA_VERSION = 3
+MODES = ("auto", "none", "cheap", "recompute", "offload", "segments", "least")
+Placement = Literal["device", "recompute", "host", "disk"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,11 +29,13 @@ class BlockPlan:
     policy: Policy
     """How much is dropped of what autograd saves inside the block."""
     input: Placement
-    """The block's input; ``recompute`` means: run the block before it again."""
+    """The block's input; ``recompute`` means: run the block before it again; ``host``, ``disk``: it is moved there."""
     held_bytes: int
     """Bytes that the block holds until its backward if everything stays on the device, beyond its output."""
     recompute_flops: int
     """Floating-point operations of recomputing what it saves, once per step."""
+    ahead_bytes: int = 0
+    """Bytes that earlier blocks have moved and that may be on their way back when this block's backward begins."""
     reason: str = ""
     """Why the block is not replayed from its tape; empty if it is."""
 
@@ -89,6 +91,14 @@ class Plan:
     """Submodules and operations whose results are kept whatever it costs."""
     drop: tuple[str, ...] = ()
     """Submodules and operations whose results are dropped whatever it costs."""
+    host_bytes: int = 0
+    """Host memory for what is moved there, pinned for the whole session."""
+    disk_bytes: int = 0
+    """Room on the disk for what is moved there."""
+    moved_bytes: int = 0
+    """Bytes that leave the device in a step; the same come back."""
+    in_flight_bytes: int = 0
+    """Of them, what may still be on the device while it is copied, for each tier; compute waits rather than exceed it."""
     margin_bytes: int = 0
     """What the peak stays below the budget that was asked for."""
     notes: tuple[str, ...] = ()
@@ -182,7 +192,7 @@ def parse_mode(mode: str | bool) -> tuple[str, int | None]:
     return name, int(length)
 
 
-_POLICY = ("price", "is_cheap", "rerun")
+_POLICY = ("price", "is_cheap", "rerun", "host", "disk")
 """What a plan says of a policy; the rest follows from the blocks around it."""
 
 
@@ -190,7 +200,8 @@ def _block(data: dict[str, Any]) -> BlockPlan:
     known = _known(BlockPlan, data)
     policy = asdict(KEEP) | _known(Policy, known["policy"], _POLICY)
     price, rerun = (math.inf if policy[name] == "inf" else float(policy[name]) for name in ("price", "rerun"))
-    known["policy"] = Policy(price=price, is_cheap=bool(policy["is_cheap"]), rerun=rerun)
+    host, disk = (tuple(policy[name]) for name in ("host", "disk"))
+    known["policy"] = Policy(price=price, is_cheap=bool(policy["is_cheap"]), rerun=rerun, host=host, disk=disk)
     return BlockPlan(**known)
 
 

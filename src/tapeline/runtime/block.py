@@ -11,12 +11,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from tapeline.compat import foreign_hooks, has_transforms
 from tapeline.runtime.ambient import Ambient
-from tapeline.runtime.finding import Prepared, PreparedCalls, find_sources
-from tapeline.runtime.frame import Frame, Hooks, Late, keep, unpack
+from tapeline.runtime.finding import Given, Prepared, PreparedCalls, find_sources
+from tapeline.runtime.frame import Frame, Late, keep, unpack
 from tapeline.runtime.guard import BlockGuard
-from tapeline.runtime.inputs import Chain, OutputRecipe, RebuiltInput
+from tapeline.runtime.inputs import Away, Chain, OutputRecipe, RebuiltInput
 from tapeline.runtime.invocation import Invocation
 from tapeline.runtime.library import MAX_CLASSES, MAX_TAPES, CallClass, Library, remember
+from tapeline.runtime.moving import MovedCall
 from tapeline.runtime.rerun import Rerun
 from tapeline.runtime.role import Role
 from tapeline.runtime.signature import arguments_key, has_objects, surroundings
@@ -75,7 +76,7 @@ class BlockSeam:
 
     def place(self, role: Role) -> None:
         """Treat the calls from now on like this; what was forwarded before stays as it is."""
-        self.policy, self.drops_input, self.feeds_next, self.is_idle = role
+        self.role, self.policy, self.is_idle = role, role.policy, role.is_idle
         self.was_idle = self.was_idle or self.is_idle
         self._prepared.take(role)
 
@@ -93,15 +94,17 @@ class BlockSeam:
             self.reasons.setdefault("somebody else checkpoints or forbids saved-tensor hooks around it")
             return forward(*args, **kwargs)
         self.num_calls += 1
-        invocation = Invocation(forward, args, kwargs)
-        settings = surroundings()
+        settings, invocation = surroundings(), Invocation(forward, args, kwargs)
         if self.is_strict:
             return run_strictly(self, invocation, tensors, settings)
-        return self._dispatch((token, settings, key), invocation, tensors, foreign)
+        given = Given(invocation, tensors, foreign, self._rebuilt(tensors), self._begin_moves(), self.role.moves_input)
+        out = self._dispatch((token, settings, key), given)
+        if given.moves is not None:
+            given.moves.watch(out)
+        return out
 
-    def _dispatch(self, key: Any, invocation: Invocation, tensors: list[torch.Tensor], foreign: Hooks | None) -> Any:
+    def _dispatch(self, key: Any, given: Given) -> Any:
         """Run a call in the way that fits its class."""
-        rebuilt = self._rebuilt(tensors)
         generation = self.library.generation, self.fingerprint.num_rebuilt
         if self._generation != generation:
             self._generation = generation
@@ -111,51 +114,43 @@ class BlockSeam:
             self.is_due_for_audit = False
             expected = self._expected(key) if prepared is None else None
             if expected is not None:
-                return self._record_as_expected(key, invocation, tensors, foreign, rebuilt, expected)
-            return self._record(key, invocation, tensors, foreign, prepared)
+                return self._record_as_expected(key, given, expected)
+            return self._record(key, given, prepared)
         self.records.num_new = 0
         if prepared.recipe is None:
-            return self._fall_back(key, prepared.known, invocation, tensors, foreign)
-        return self._run(key, prepared, invocation, tensors, foreign, rebuilt)
+            return self._fall_back(key, prepared.known, given)
+        return self._run(key, prepared, given)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"name": self.name, "is_in_force": False}
 
     # -- ways to run a call ----------------------------------------------------------------------------------------
 
-    def _run(
-        self,
-        key: Any,
-        prepared: Prepared,
-        invocation: Invocation,
-        tensors: list[torch.Tensor],
-        foreign: Hooks | None,
-        rebuilt: RebuiltInput | None,
-    ) -> Any:
-        """As recorded: keep and drop what the recipe says."""
-        assert prepared.recipe is not None, "checked by the caller"
-        ambient = Ambient(key[1], tensors)
-        sources = find_sources(prepared.getters, tensors, rebuilt)
-        frame = Frame(self.name, prepared.recipe, sources, ambient, foreign, rebuilt)
+    def _run(self, key: Any, prepared: Prepared, given: Given) -> Any:
+        """As recorded: keep, drop and move what the recipe says."""
+        invocation, ambient = given.invocation, Ambient(key[1], given.tensors)
         before = self._versions(invocation)
+        frame = self._frame(prepared, given, ambient)
+        away = frame.away
         with saved_tensors_hooks(frame.pack, unpack):
             out = invocation.run()
         if frame.finish() and self._casts_are_current(prepared, frame) and frame.complete():
-            self._note_output(out, prepared, ambient, tensors, rebuilt)
+            self._note_output(out, prepared, ambient, given.tensors, away)
         else:
             self._drifted(key, frame, invocation, ambient, before)
         return out
 
-    def _record(
-        self,
-        key: Any,
-        invocation: Invocation,
-        tensors: list[torch.Tensor],
-        foreign: Hooks | None,
-        audited: Prepared | None,
-    ) -> Any:
+    def _frame(self, prepared: Prepared, given: Given, ambient: Ambient) -> Frame:
+        recipe = prepared.recipe
+        assert recipe is not None, "checked by the caller"
+        away = given.away(recipe)
+        sources = find_sources(prepared.getters, given.tensors, away)
+        return Frame(self.name, recipe, sources, ambient, given.foreign, away, given.moves)
+
+    def _record(self, key: Any, given: Given, audited: Prepared | None) -> Any:
         """Record the call while it runs; then treat it as any later one. An audit compares with what was known."""
         self.num_recorded += 1
+        invocation, tensors, foreign = given.invocation, given.tensors, given.foreign
         ambient, before = Ambient(key[1], tensors), self._versions(invocation)
         recorder = Recorder(self.module, (invocation.args, invocation.kwargs))
         late: list[Late] = []
@@ -187,36 +182,34 @@ class BlockSeam:
             self.note_reason(f"an audit found another tape: {first_difference(audited.known.tape, tape)}")
         recipe = self.library.recipe(tape, self.policy)
         prepared = self._with_getters(known, recipe)
-        frame = Frame(self.name, recipe, find_sources(prepared.getters, tensors), ambient)
+        here = Given(invocation, tensors, None, None, given.moves if foreign is None else None, given.tier)
+        frame = self._frame(prepared, here, ambient)
         self.library.casts.note(prepared.cast_parameters())
-        if settle(self, frame, places, is_audit=audited is not None):
+        away = frame.away
+        is_settled = settle(self, frame, places, is_audit=audited is not None)
+        if given.moves is not None:
+            given.moves.release()
+        if is_settled:
             self._remember(key, prepared)
             self.library.expected[self._kind(), key[1:], self.policy] = recipe
         else:
             self._prepared.drop(key)
-        self._note_output(out, prepared, ambient, tensors, None)
+        self._note_output(out, prepared, ambient, tensors, away)
         return out
 
-    def _record_as_expected(
-        self,
-        key: Any,
-        invocation: Invocation,
-        tensors: list[torch.Tensor],
-        foreign: Hooks | None,
-        rebuilt: RebuiltInput | None,
-        recipe: Recipe,
-    ) -> Any:
+    def _record_as_expected(self, key: Any, given: Given, recipe: Recipe) -> Any:
         """Record the call while its tensors are dropped as those of a block of its like were.
 
         So recording the second and all later blocks needs no more memory than running them. If the tape turns out to be
         another one, this call falls back to running the whole block again, and the next is recorded with everything held.
         """
         self.num_recorded += 1
-        ambient = Ambient(key[1], tensors)
+        invocation, tensors = given.invocation, given.tensors
+        ambient, before = Ambient(key[1], tensors), self._versions(invocation)
         recorder = Recorder(self.module, (invocation.args, invocation.kwargs))
         prepared = self._with_getters(CallClass(recipe.tape), recipe)
-        frame = Frame(self.name, recipe, find_sources(prepared.getters, tensors, rebuilt), ambient, foreign, rebuilt)
-        before = self._versions(invocation)
+        frame = self._frame(prepared, given, ambient)
+        away = frame.away
 
         def pack(tensor: torch.Tensor) -> Any:
             recorder.pack(tensor)
@@ -230,7 +223,7 @@ class BlockSeam:
         is_equal = known.tape is not None and known.tape.digest == recipe.tape.digest
         if is_equal and frame.finish() and self._casts_are_current(prepared, frame) and frame.complete():
             self._remember(key, prepared)
-            self._note_output(out, prepared, ambient, tensors, rebuilt)
+            self._note_output(out, prepared, ambient, tensors, away)
             return out
         frame.drift = frame.drift or "it has another tape than a block built alike"
         self._recover(frame, key, invocation, ambient, before, tape)
@@ -290,12 +283,11 @@ class BlockSeam:
         recipe = self.library.recipe(known.tape, self.policy) if known.tape is not None else None
         return self._remember(key, self._with_getters(known, recipe))
 
-    def _fall_back(
-        self, key: Any, known: CallClass, invocation: Invocation, tensors: list[torch.Tensor], foreign: Hooks | None
-    ) -> Any:
+    def _fall_back(self, key: Any, known: CallClass, given: Given) -> Any:
         """Without a tape: drop everything and run the whole block again, or keep everything."""
         self.note_reason(known.reason)
-        rerun = self._rerun(known, invocation, Ambient(key[1], tensors))
+        invocation, foreign = given.invocation, given.foreign
+        rerun = self._rerun(known, invocation, Ambient(key[1], given.tensors))
         self.chain.note(None, None)
         if rerun is None:
             return invocation.run()
@@ -356,7 +348,7 @@ class BlockSeam:
     def _with_getters(self, known: CallClass, recipe: Recipe | None) -> Prepared:
         if recipe is None:
             return Prepared(known, None, [], [], [])
-        outputs = self.library.all_sources(recipe.tape) if self.feeds_next else []
+        outputs = self.library.all_sources(recipe.tape) if self.role.feeds_next else []
         casts = self.getters(recipe.tape.casts)
         return Prepared(known, recipe, self.getters(recipe.sources), casts, self.getters(outputs))
 
@@ -366,17 +358,23 @@ class BlockSeam:
     def _rebuilt(self, tensors: list[torch.Tensor]) -> RebuiltInput | None:
         match = self.chain.match(tensors[0] if tensors else None)
         self.num_chained += match is not None
-        if self.drops_input and match is not None and match[0] is not None:
+        if self.role.drops_input and match is not None and match[0] is not None:
             return RebuiltInput(match[0], match[1])
         return None
 
+    def _begin_moves(self) -> MovedCall | None:
+        role, mover = self.role, self.library.mover
+        if mover is None or not (role.moves_input or role.ahead_bytes or self.policy.moves):
+            return None
+        return mover.call(self.name, role.ahead_bytes)
+
     def _note_output(
-        self, out: Any, prepared: Prepared, ambient: Ambient, tensors: list[torch.Tensor], rebuilt: RebuiltInput | None
+        self, out: Any, prepared: Prepared, ambient: Ambient, tensors: list[torch.Tensor], away: Away | None
     ) -> None:
         output = None
-        program = output_program(self, prepared, out, tensors, ambient) if self.feeds_next else None
+        program = output_program(self, prepared, out, tensors, ambient) if self.role.feeds_next else None
         if program is not None:
-            sources = find_sources(prepared.output_getters, tensors, rebuilt)
+            sources = find_sources(prepared.output_getters, tensors, away)
             output = OutputRecipe(self.name, program, sources, ambient)
         self.chain.note(out, output)
 

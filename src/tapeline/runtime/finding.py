@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from tapeline.runtime.inputs import RebuiltInput
+from tapeline.runtime.inputs import Away, RebuiltInput
+from tapeline.runtime.invocation import Hooks, Invocation
 from tapeline.runtime.library import MAX_CLASSES, CallClass, remember
+from tapeline.runtime.moving import MovedCall
 from tapeline.runtime.role import Role
 from tapeline.tape.program import Recipe
 from tapeline.tape.sources import Getter
@@ -61,16 +63,39 @@ class PreparedCalls:
             table.clear()
 
 
+@dataclass(slots=True)
+class Given:
+    """One call, and what is in force around it."""
+
+    invocation: Invocation
+    tensors: list[torch.Tensor]
+    """Those among the arguments."""
+    foreign: Hooks | None
+    """The saved-tensor hooks of somebody else."""
+    rebuilt: RebuiltInput | None = None
+    """The input, if it is to be rebuilt."""
+    moves: MovedCall | None = None
+    """What moves something of this call."""
+    tier: str = ""
+    """Where the input goes."""
+
+    def away(self, recipe: Recipe) -> Away | None:
+        """The input, if it is not to stay."""
+        if self.rebuilt is not None or self.moves is None or not self.tier or not recipe.needs_input:
+            return self.rebuilt
+        return self.moves.send(self.tensors[0], self.tier)
+
+
 def find_sources(
-    getters: list[Getter | int], tensors: list[torch.Tensor], rebuilt: RebuiltInput | None = None
-) -> list[torch.Tensor | RebuiltInput]:
+    getters: list[Getter | int], tensors: list[torch.Tensor], away: Away | None = None
+) -> list[torch.Tensor | Away]:
     """The sources of a call, under aliases that later changes of the originals do not reach."""
-    found: list[torch.Tensor | RebuiltInput] = []
+    found: list[torch.Tensor | Away] = []
     for place in getters:
         if not isinstance(place, int):
             found.append(_alias(place()))
-        elif place == 0 and rebuilt is not None:
-            found.append(rebuilt)
+        elif place == 0 and away is not None:
+            found.append(away)
         else:
             tensor = tensors[place]
             found.append(tensor.clone() if tensor.is_inference() else tensor.detach())

@@ -15,7 +15,9 @@ import torch
 from tapeline.errors import PlanDriftError
 from tapeline.runtime.ambient import Ambient
 from tapeline.runtime.guard import changed
-from tapeline.runtime.inputs import RebuiltInput
+from tapeline.runtime.inputs import Away
+from tapeline.runtime.invocation import Hooks
+from tapeline.runtime.moving import Moved, MovedCall
 from tapeline.runtime.replaying import replay
 from tapeline.runtime.rerun import Rerun
 from tapeline.runtime.signature import check_numerics
@@ -23,7 +25,6 @@ from tapeline.tape.graph import Geometry
 from tapeline.tape.program import KEEP, Program, Recipe
 from tapeline.tape.straight import Check
 
-Hooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
 _count_nodes = torch.autograd._get_sequence_nr
 
 
@@ -37,8 +38,8 @@ class Phase:
 
     def __init__(self, block: str, program: Program, ambient: Ambient) -> None:
         self.block, self.program, self.ambient = block, program, ambient
-        self.sources: Sequence[torch.Tensor | RebuiltInput] = ()
-        self.roots: Sequence[torch.Tensor] = ()
+        self.sources: Sequence[torch.Tensor | Away] = ()
+        self.roots: Sequence[torch.Tensor | Place] = ()
         self.versions: list[int] = []
         self.ready: dict[int, torch.Tensor] = {}
         self.rerun: dict[int, tuple[Rerun, int]] | None = None
@@ -47,7 +48,7 @@ class Phase:
         self.lost = ""
         self.stream: Any = None
 
-    def complete(self, sources: Sequence[torch.Tensor | RebuiltInput], roots: Sequence[torch.Tensor]) -> None:
+    def complete(self, sources: Sequence[torch.Tensor | Away], roots: Sequence[torch.Tensor | Place]) -> None:
         """The call has ended: from now on this phase can be replayed."""
         self.sources, self.roots = sources, roots
         self.versions = [tensor._version for tensor in self._origins()]
@@ -84,8 +85,8 @@ class Phase:
         if [tensor._version for tensor in self._origins()] != self.versions:
             self._raise_changed()
         check_numerics(self.block, self.ambient.settings.numerics)
-        sources = [source.tensor() if isinstance(source, RebuiltInput) else source for source in self.sources]
-        return replay(self.block, self.program, sources, self.roots, self.ambient, check)
+        sources = [_there(self.sources[number]) for number in self.program.sources]
+        return replay(self.block, self.program, sources, [_there(root) for root in self.roots], self.ambient, check)
 
     def _raise_changed(self) -> None:
         used = [self.sources[number] for number in self.program.sources]
@@ -96,8 +97,8 @@ class Phase:
                 raise RuntimeError(changed(tensor, version, f"to recompute block {self.block!r}", name))
 
     def _origins(self) -> list[torch.Tensor]:
-        used = (self.sources[number] for number in self.program.sources)
-        return [*(source for source in used if isinstance(source, torch.Tensor)), *self.roots]
+        used = (*(self.sources[number] for number in self.program.sources), *self.roots)
+        return [tensor for tensor in used if isinstance(tensor, torch.Tensor)]
 
 
 class Frame:
@@ -106,31 +107,34 @@ class Frame:
     Args:
         block: name of the block.
         recipe: what to do with each saved tensor.
-        sources: the tensors of the recipe's sources, as they are now, or an input that will be rebuilt.
+        sources: the tensors of the recipe's sources, as they are now, or an input that will be brought back.
         ambient: the random state and the settings at entry.
         foreign: the hook pair that was in force before, which gets everything that is kept.
-        rebuilt: the block's input, if it is not kept.
+        away: the block's input, if it is not kept.
+        call: what moves what the recipe moves; ``None``: it stays.
     """
 
     __slots__ = (
-        *("actions", "block", "cursor", "drift", "first_node", "foreign", "num_found", "phases", "rebuilt"),
-        *("num_placed", "recipe", "roots", "sources", "versions"),
+        *("actions", "away", "block", "call", "cursor", "drift", "first_node", "foreign", "moved"),
+        *("num_found", "num_placed", "phases", "recipe", "roots", "sources", "versions"),
     )
 
     def __init__(
         self,
         block: str,
         recipe: Recipe,
-        sources: Sequence[torch.Tensor | RebuiltInput],
+        sources: Sequence[torch.Tensor | Away],
         ambient: Ambient,
         foreign: Hooks | None = None,
-        rebuilt: RebuiltInput | None = None,
+        away: Away | None = None,
+        call: MovedCall | None = None,
     ) -> None:
         self.block, self.recipe, self.actions = block, recipe, recipe.packs
-        self.sources, self.foreign, self.rebuilt = sources, foreign, rebuilt
+        self.sources, self.foreign, self.away, self.call = sources, foreign, away, call
         self.versions = self._source_versions()
         self.phases = [Phase(block, program, ambient) for program in recipe.programs]
-        self.roots: dict[int, torch.Tensor] = {}
+        self.roots: dict[int, torch.Tensor | Moved] = {}
+        self.moved: dict[int, Moved] = {}
         self.cursor = 0
         self.num_found = 0
         """How many copies of parameters autocast had from an earlier call."""
@@ -147,7 +151,7 @@ class Frame:
         if self.drift:
             return keep(tensor, self.foreign)
         try:
-            shape, stride, dtype, least, most, is_plain, phase, slot, _, _ = self.actions[cursor]
+            shape, stride, dtype, least, most, is_plain, phase, slot, *_ = self.actions[cursor]
         except IndexError:
             self._begin_drift(cursor, f"it saved more than {len(self.actions)} tensors")
         else:
@@ -175,18 +179,30 @@ class Frame:
         action = self.actions[number]
         if action.narrow is not None:
             value, dtype = action.narrow
-            self.roots[value] = tensor.detach().to(dtype)
-        if self._is_rebuilt(number):
-            assert self.rebuilt is not None, "checked just now"
-            return InputPlace(self.rebuilt, self.recipe.input_packs[number]), 0
+            narrow = tensor.detach().to(dtype)
+            self.roots[value] = self._move(narrow, value, self.recipe.tiers.get(value, "")) or narrow
+        if self._is_away(number):
+            assert self.away is not None, "checked just now"
+            return Place(self.away, self.recipe.input_packs[number]), 0
         if action.phase != KEEP:
             return self.phases[action.phase], action.slot
+        moved = self._move(tensor, action.value, action.tier)
         if action.root != KEEP:
-            self.roots[action.root] = tensor.detach()
+            self.roots[action.root] = moved or tensor.detach()
+        if moved is not None:
+            return Place(moved, Geometry.of(tensor)), 0
         return keep(tensor, self.foreign)
 
-    def _is_rebuilt(self, number: int) -> bool:
-        return self.rebuilt is not None and number in self.recipe.input_packs
+    def _move(self, tensor: torch.Tensor, value: int, tier: str) -> Moved | None:
+        """Let a held value leave the device, once; ``None`` if it stays."""
+        if not tier or self.call is None or self.foreign is not None:
+            return None
+        if value not in self.moved and (moved := self.call.send(tensor, tier)) is not None:
+            self.moved[value] = moved
+        return self.moved.get(value)
+
+    def _is_away(self, number: int) -> bool:
+        return self.away is not None and number in self.recipe.input_packs
 
     def _begin_drift(self, number: int, reason: str) -> None:
         self.drift, self.num_placed = reason, number
@@ -194,7 +210,7 @@ class Frame:
     def _dropped(self) -> Iterator[tuple[Phase, int, int]]:
         """Phase, slot and number of every tensor that was dropped before the drift."""
         for number, action in enumerate(self.actions[: min(self.num_placed, self.cursor)]):
-            if action.phase != KEEP and not self._is_rebuilt(number):
+            if action.phase != KEEP and not self._is_away(number):
                 yield self.phases[action.phase], action.slot, number
 
     def finish(self) -> bool:
@@ -211,17 +227,13 @@ class Frame:
 
     def complete(self) -> bool:
         """Make the phases ready to be replayed, unless a source has changed while the call ran."""
-        if self._source_versions() != self.versions:
+        if self._source_versions() != self.versions or (isinstance(self.away, Moved) and not self.away.look()):
             self.drift = "it changed one of its sources in place"
             return False
         values = self.recipe.tape.values
         for phase in self.phases:
-            roots = []
-            for value in phase.program.roots:
-                base, tensor = values[value].base, self.roots[value]
-                is_base = tensor.shape == base.shape and tensor.stride() == base.stride
-                roots.append(tensor if is_base else base.apply(tensor))
-            phase.complete(self.sources, roots)
+            roots = (_based(self.roots[value], values[value].base) for value in phase.program.roots)
+            phase.complete(self.sources, list(roots))
         self._let_go()
         return True
 
@@ -242,23 +254,27 @@ class Frame:
 
     def _let_go(self) -> None:
         """Autograd keeps the pack hook, and so this object, as long as any tensor that went through it is saved."""
-        self.roots, self.phases, self.sources, self.rebuilt, self.num_placed = {}, [], (), None, 0
+        self.roots, self.moved, self.phases, self.sources, self.num_placed = {}, {}, [], (), 0
+        self.away = self.call = None
 
     def _source_versions(self) -> list[int]:
         return [source._version for source in self.sources if isinstance(source, torch.Tensor)]
 
 
-class InputPlace:
-    """A saved tensor that is the block's input, which is not kept."""
+class Place:
+    """A saved tensor that is not there: a view of one that is rebuilt, or brought back from where it was moved."""
 
-    __slots__ = ("geometry", "rebuilt")
+    __slots__ = ("away", "geometry")
 
-    def __init__(self, rebuilt: RebuiltInput, geometry: Geometry | None) -> None:
-        self.rebuilt, self.geometry = rebuilt, geometry
+    def __init__(self, away: Away, geometry: Geometry | None) -> None:
+        self.away, self.geometry = away, geometry
+
+    def tensor(self) -> torch.Tensor:
+        tensor = self.away.tensor()
+        return tensor if self.geometry is None else self.geometry.apply(tensor)
 
     def take(self, _: int) -> torch.Tensor:
-        tensor = self.rebuilt.tensor()
-        return tensor if self.geometry is None else self.geometry.apply(tensor)
+        return self.tensor()
 
 
 class Late:
@@ -314,6 +330,17 @@ def unpack(packed: Any) -> torch.Tensor:
     if first._version != second:
         raise RuntimeError(changed(first, second, "for gradient computation"))
     return first
+
+
+def _there(value: torch.Tensor | Away | Place) -> torch.Tensor:
+    return value if isinstance(value, torch.Tensor) else value.tensor()
+
+
+def _based(root: torch.Tensor | Moved, base: Geometry) -> torch.Tensor | Place:
+    """A root as the tape looks at its storage."""
+    if isinstance(root, Moved):
+        return Place(root, base)
+    return root if root.shape == base.shape and root.stride() == base.stride else base.apply(root)
 
 
 def _current_stream(tensor: torch.Tensor) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from tapeline.runtime.ambient import Ambient
+from tapeline.runtime.moving import Moved
 from tapeline.runtime.replaying import replay
 from tapeline.tape.nested import tensor_leaves
 from tapeline.tape.program import Program
@@ -27,13 +28,11 @@ class OutputRecipe:
     Args:
         block: name of the block.
         program: makes the outputs from sources alone.
-        sources: a tensor for each source, or the input that is itself to be rebuilt.
+        sources: a tensor for each source, or an input that is itself not there.
         ambient: the random state at entry.
     """
 
-    def __init__(
-        self, block: str, program: Program, sources: Sequence[torch.Tensor | RebuiltInput], ambient: Ambient
-    ) -> None:
+    def __init__(self, block: str, program: Program, sources: Sequence[torch.Tensor | Away], ambient: Ambient) -> None:
         self.block, self.program, self.sources, self.ambient = block, program, sources, ambient
         self.versions = [_version(sources[number]) for number in program.sources]
 
@@ -49,7 +48,7 @@ class OutputRecipe:
                 "One of the variables needed to recompute a block's input has been modified by an inplace operation between "
                 "forward and backward. Run backward before the optimizer step or the change."
             )
-        tensors = [source.tensor() if isinstance(source, RebuiltInput) else source for source in self.sources]
+        tensors = [source if isinstance(source, torch.Tensor) else source.tensor() for source in used]
         return replay(self.block, self.program, tensors, (), self.ambient)[index]
 
 
@@ -80,6 +79,10 @@ class RebuiltInput:
         return missing[::-1]
 
 
+Away = RebuiltInput | Moved
+"""An input that is not on the device, and comes back when it is asked for."""
+
+
 class Chain:
     """Remembers the last block call of each thread, for as long as its output lives."""
 
@@ -107,7 +110,7 @@ class Chain:
         return Chain, ()
 
 
-def _version(source: torch.Tensor | RebuiltInput) -> int:
+def _version(source: torch.Tensor | Away) -> int:
     return source._version if isinstance(source, torch.Tensor) else -1
 
 

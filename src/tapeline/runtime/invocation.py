@@ -10,6 +10,9 @@ from torch.utils._pytree import tree_map
 
 from tapeline.tape.nested import tensor_leaves
 
+Hooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
+"""A pair of saved-tensor hooks."""
+
 
 class Invocation:
     """What is to be run, with which arguments."""

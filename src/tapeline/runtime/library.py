@@ -15,10 +15,12 @@ from tapeline.planner.block import choose
 from tapeline.planner.policy import Policy
 from tapeline.runtime.casts import Casts
 from tapeline.runtime.fingerprint import Fingerprint
+from tapeline.runtime.moving import Mover
+from tapeline.runtime.tiers.tier import DISK, HOST
 from tapeline.tape.graph import UNKNOWN, Op, Tape
 from tapeline.tape.options import Limits, block_graph
 from tapeline.tape.program import NotReplayable, Program, Recipe, compile_program, compile_recipe
-from tapeline.tape.rules import Rules
+from tapeline.tape.rules import EVERYTHING, Rules, named_values
 
 Key = TypeVar("Key")
 Found = TypeVar("Found")
@@ -91,6 +93,8 @@ class Library:
         self.expected: dict[Any, Recipe] = {}
         """The verified recipe that a class of calls, by class of module and policy, had last: its like will have it too."""
         self.verified: set[tuple[str, Policy]] = set()
+        self.mover: Mover | None = None
+        """What moves what the plan has moved; ``None``: everything stays."""
         self.cache_switch: Any = None
         """What keeps the model from filling caches while blocks are managed."""
         self.verified_outputs: set[str] = set()
@@ -186,7 +190,10 @@ class Library:
     def _solve(self, tape: Tape, policy: Policy) -> Recipe:
         while True:
             limits = self._limits_of(tape)
-            graph = block_graph(tape, self.rates, limits, has_output=policy.has_output)
+            tiers = _tiers(tape, policy)
+            wanted = {value for value, (_, is_forced) in tiers.items() if is_forced} - limits.dropped
+            held = replace(limits, held=limits.held | wanted)
+            graph = block_graph(tape, self.rates, held, has_output=policy.has_output)
             try:
                 choice = choose(graph, policy)
             except ValueError as error:
@@ -194,7 +201,7 @@ class Library:
                     f"drop={list(self.rules.drop)}: some of it cannot be made again ({_reasons(tape, policy)}), so it cannot be dropped."
                 ) from error
             try:
-                return compile_recipe(tape, graph, choice)
+                return compile_recipe(tape, graph, choice, {value: tier for value, (tier, _) in tiers.items()})
             except NotReplayable as error:
                 self._limits[tape.digest] = replace(limits, unreplayable=limits.unreplayable | {error.op})
 
@@ -214,6 +221,17 @@ def _output_program(recipe: Recipe, sources: list[Any]) -> Program | None:
         return None
     is_whole = not program.roots and all(graph.steps[step].can_replay for step in program.steps)
     return program if is_whole else None
+
+
+def _tiers(tape: Tape, policy: Policy) -> dict[int, tuple[str, bool]]:
+    """The values that a policy wants moved if they are held, where to, and whether they must be held for that."""
+    found: dict[int, tuple[str, bool]] = {}
+    for tier, names in ((DISK, policy.disk), (HOST, policy.host)):
+        if EVERYTHING in names:
+            found |= dict.fromkeys(named_values(tape, [EVERYTHING]), (tier, False))
+    for tier, names in ((DISK, policy.disk), (HOST, policy.host)):
+        found |= dict.fromkeys(named_values(tape, [n for n in names if n != EVERYTHING]), (tier, True))
+    return found
 
 
 def _reasons(tape: Tape, policy: Policy) -> str:

@@ -7,6 +7,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,12 @@ from tapeline.runtime.block import BlockSeam
 from tapeline.runtime.blocks import start_training
 from tapeline.runtime.install import Patches, install_blocks, managed_module, place_blocks
 from tapeline.runtime.library import Library
+from tapeline.runtime.moving import Mover
 from tapeline.runtime.step import LossFn, StepMeter, model_loss, track_training_state
+from tapeline.runtime.tiers.engine import Engine
+from tapeline.runtime.tiers.opening import ALIGNMENTS
+from tapeline.runtime.tiers.shadow import ShadowMachine, ShadowStore
+from tapeline.runtime.tiers.tier import Tier
 from tapeline.tape.beside import Beside, Demand, no_draws, own_autocast
 from tapeline.tape.fake import ShapeMode, fake_batch, fake_copy, preserved_random_state
 from tapeline.tape.rules import Rules
@@ -86,6 +92,7 @@ class FakeStep:
         *,
         micro_batches: Sequence[Any] = (),
         placements: Sequence[Sequence[BlockPlan]] = (),
+        in_flight_bytes: int = 0,
         is_first: bool = False,
         records: bool = False,
     ) -> StepProfile:
@@ -95,6 +102,7 @@ class FakeStep:
             blocks: placements; an empty sequence runs the untouched model.
             micro_batches: others than the one given at first, `accumulation` times.
             placements: those of each micro-batch, instead of `blocks`.
+            in_flight_bytes: as in `Plan`.
             is_first: record every block anew, as the first step of a session does.
             records: record also blocks that keep everything.
         """
@@ -109,10 +117,11 @@ class FakeStep:
         with self._environment(), _explained(type(self.model).__name__), guard:
             try:
                 every = bool(placements)
+                library.mover = self._mover(in_flight_bytes)
                 seams = install_blocks(patches, self.model, blocks, library, records=records, every=every)
                 self._warm_up()
                 meter = StepMeter(self.model, self.block_names, self.device)
-                return meter.run(
+                profile = meter.run(
                     fakes,
                     optimizer=self.optimizer,
                     loss_fn=self.loss_fn,
@@ -121,9 +130,24 @@ class FakeStep:
                     others=self.others,
                     before_batch=partial(_place, seams, placements, library) if every else None,
                 )
+                return _with_moves(profile, library.mover)
             finally:
+                library.mover = None
                 patches.undo()
                 self.model.zero_grad(set_to_none=True)
+
+    def _mover(self, in_flight_bytes: int) -> Mover:
+        """What does to the device's memory what moving would do to it."""
+        like = torch.empty(0, device=self.device)
+        tiers = {
+            name: Tier(
+                name=name,
+                device=like.device,
+                engine=Engine(ShadowMachine(like), ShadowStore(size), most_in_flight=in_flight_bytes),
+            )
+            for name, size in ALIGNMENTS.items()
+        }
+        return Mover(tiers, self.model)
 
     def record(self, blocks: Sequence[BlockPlan]) -> StepProfile:
         """Run one step with everything kept, and record every block on the way; `library` has the tapes afterwards."""
@@ -221,6 +245,16 @@ class FakeStep:
     def _fill_gradients(self) -> None:
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+
+
+def _with_moves(profile: StepProfile, mover: Mover) -> StepProfile:
+    """The profile of a run with what it has moved."""
+    engines = {name: tier.engine for name, tier in mover.tiers.items() if tier.engine.bytes_out}
+    return replace(
+        profile,
+        moved_bytes={name: engine.bytes_out for name, engine in engines.items()},
+        room_bytes={name: engine.store.regions.most_end for name, engine in engines.items()},
+    )
 
 
 def _place(

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from tapeline.planner.policy import Policy
 from tapeline.planner.schema import BlockPlan
+from tapeline.runtime.tiers.tier import DISK, HOST
 from tapeline.tape.rules import Rules
 
 
@@ -21,6 +22,10 @@ class Role(NamedTuple):
     """Rebuild the input in backward instead of keeping it, where it is the output of the block before."""
     feeds_next: bool = False
     """The next block drops its input, so that this call must be repeatable."""
+    moves_input: str = ""
+    """The tier that the input goes to; empty: it stays."""
+    ahead_bytes: int = 0
+    """What earlier blocks have moved that may be on its way back when the backward of this one begins."""
     is_idle: bool = False
     """Nothing is to be done: the block runs as it is."""
 
@@ -35,7 +40,19 @@ def roles(blocks: Sequence[BlockPlan], rules: Rules, records: bool = False) -> I
     """
     droppers = {block.name for block in blocks if block.input == "recompute"}
     feeders = {block.name for block, after in pairwise(blocks) if after.name in droppers}
+    tiers = {block.name: block.input for block in blocks if block.input in (HOST, DISK)}
+    losers = {block.name for block, after in pairwise(blocks) if after.name in tiers} | feeders
     for block in blocks:
-        has_to_do = records or rules.drop or not block.policy.keeps_all or block.name in droppers | feeders
-        policy = replace(block.policy, has_output=block.name not in feeders)
-        yield block.name, Role(policy, block.name in droppers, block.name in feeders, is_idle=not has_to_do)
+        is_touched = block.name in droppers | feeders | tiers.keys() or block.ahead_bytes > 0
+        policy = replace(block.policy, has_output=block.name not in losers)
+        yield (
+            block.name,
+            Role(
+                policy,
+                drops_input=block.name in droppers,
+                feeds_next=block.name in feeders,
+                moves_input=tiers.get(block.name, ""),
+                ahead_bytes=block.ahead_bytes,
+                is_idle=not (records or rules.drop or is_touched or not block.policy.keeps_all),
+            ),
+        )

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -16,9 +17,11 @@ from tapeline.cost.device import nominal_rates
 from tapeline.errors import UsageError, did_you_mean
 from tapeline.planner.schema import BlockPlan, Plan
 from tapeline.runtime.audit import Audit
+from tapeline.runtime.below import ForwardBegins, open_mover
 from tapeline.runtime.install import Patches, install_blocks, managed_module
 from tapeline.runtime.library import Library
 from tapeline.runtime.measure import PeakMeter, make_meter
+from tapeline.runtime.moving import Mover
 from tapeline.runtime.predict import model_device
 from tapeline.runtime.shape_plans import ShapePlans
 from tapeline.runtime.switch import AfterForward, PlanSwitch
@@ -123,6 +126,7 @@ class Session:
         strict: keep everything, replay every op of every call and compare: slow and large, for finding an op that
             does not replay exactly.
         shapes: plans for other shapes of batches, which take the place of `plan` where there is one.
+        offload_dir: folder on the disk for what the plan moves there. Files in it have no name: nothing is left behind.
 
     Raises:
         UsageError: if the plan names blocks that the model does not have, or a session is in force already.
@@ -138,6 +142,7 @@ class Session:
         audit_every: int = 100,
         strict: bool = False,
         shapes: ShapePlans | None = None,
+        offload_dir: Path | str | None = None,
     ) -> None:
         if audit_every < 0:
             raise UsageError(f"audit_every must be 0 (never) or a number of forwards, got {audit_every}.")
@@ -148,8 +153,12 @@ class Session:
         self._optimizer = optimizer
         self._meter: PeakMeter = make_meter(model, model_device(model))
         self._patches = Patches()
+        self._mover: Mover | None = None
         try:
             self._library = Library(nominal_rates(model_device(model)), Rules(plan.keep, plan.drop))
+            self._library.mover = self._mover = open_mover(model, plan, offload_dir)
+            if self._mover is not None:
+                self._patches.hook(model, ForwardBegins(self._mover))
             self._seams = install_blocks(self._patches, model, plan.blocks, self._library, every=shapes is not None)
             self._switch = PlanSwitch(plan, shapes, self._seams, self._library)
             if shapes is not None:
@@ -159,6 +168,8 @@ class Session:
             self._patches.hook(model, self._audit)
         except BaseException:
             self._patches.undo()
+            if self._mover is not None:
+                self._mover.close()
             raise
         for seam in self._seams.values():
             seam.is_strict = strict
@@ -264,6 +275,8 @@ class Session:
             self._notes += self._ineffective()
         finally:
             self._patches.undo()
+            if self._mover is not None:
+                self._mover.close()
 
     def _ineffective(self) -> list[str]:
         notes = self._switch.notes()
@@ -294,6 +307,7 @@ def apply(
     optimizer: torch.optim.Optimizer | None = None,
     audit_every: int = 100,
     strict: bool = False,
+    offload_dir: Path | str | None = None,
 ) -> Session:
     """Put a plan in force on `model`; see `Session`.
 
@@ -307,7 +321,15 @@ def apply(
         >>> abs(session.report().deviation) < 0.02
         True
     """
-    return Session(model, plan, measure=measure, optimizer=optimizer, audit_every=audit_every, strict=strict)
+    return Session(
+        model,
+        plan,
+        measure=measure,
+        optimizer=optimizer,
+        audit_every=audit_every,
+        strict=strict,
+        offload_dir=offload_dir,
+    )
 
 
 def _check_blocks(model: nn.Module, plan: Plan) -> None:

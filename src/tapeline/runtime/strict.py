@@ -124,7 +124,7 @@ def _run(
 ) -> torch.Tensor:
     found = [tensors[s.place].detach() if s.kind == ARGUMENT else getter(module, s)().detach() for s in sources]
     roots = [recorder.copies[value] for value in program.roots]
-    return replay(name, program, found, roots, ambient)[0]
+    return replay(name, program, [found[number] for number in program.sources], roots, ambient)[0]
 
 
 def _message(name: str, tape: Tape, value: int) -> str:

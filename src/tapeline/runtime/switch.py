@@ -18,7 +18,7 @@ from tapeline.runtime.shape_plans import ShapePlans
 _MAX_CALLS = 1024
 
 
-class _Inert:
+class Inert:
     """What a copy of a model has in the place of its hooks."""
 
     def __call__(self, *_: Any, **__: Any) -> None: ...
@@ -33,8 +33,8 @@ class AfterForward:
     def __call__(self, *_: Any) -> None:
         self._switch.leave()
 
-    def __reduce__(self) -> tuple[type[_Inert], tuple[()]]:
-        return _Inert, ()
+    def __reduce__(self) -> tuple[type[Inert], tuple[()]]:
+        return Inert, ()
 
 
 class PlanSwitch:
@@ -72,8 +72,8 @@ class PlanSwitch:
             place_blocks(self._seams, self._base.blocks, self._library)
             self._current = self._base
 
-    def __reduce__(self) -> tuple[type[_Inert], tuple[()]]:
-        return _Inert, ()  # a copied model belongs to no session
+    def __reduce__(self) -> tuple[type[Inert], tuple[()]]:
+        return Inert, ()  # a copied model belongs to no session
 
     @property
     def used(self) -> list[Plan]:

@@ -132,7 +132,8 @@ def output_program(
         return program
     sources = find_sources(prepared.output_getters, tensors)
     try:
-        results = replay(seam.name, program, [s for s in sources if isinstance(s, torch.Tensor)], (), ambient)
+        used = [sources[number] for number in program.sources]
+        results = replay(seam.name, program, [s for s in used if isinstance(s, torch.Tensor)], (), ambient)
     except ReplayFailedError as error:
         library.drop_output_program(recipe.tape, f"block {seam.name!r}: {error} ({error.__cause__})")
         return None

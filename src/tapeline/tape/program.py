@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -65,6 +65,10 @@ class PackAction(NamedTuple):
     """Which result of the phase."""
     root: int = KEEP
     """The held value, if a phase starts from it."""
+    value: int = KEEP
+    """The value that it is of."""
+    tier: str = ""
+    """Where what is held of it is moved; empty: nowhere."""
     narrow: tuple[int, torch.dtype] | None = None
     """Hold what it was cast from: that value, made by casting back to its dtype."""
 
@@ -80,19 +84,35 @@ class Recipe:
     programs: tuple[Program, ...]
     sources: tuple[Source, ...]
     """Sources that some phase reads, each named once."""
+    tiers: dict[int, str]
+    """Held values that are moved, and where."""
     input_packs: dict[int, Geometry | None]
     """Saved tensors that are the block's input: number, and how they look at it."""
     least_nodes: int
     most_nodes: int
 
+    @property
+    def needs_input(self) -> bool:
+        """Whether backward, or a replay, reads the block's input."""
+        return bool(self.input_packs) or any(s.kind == ARGUMENT and s.place == 0 for s in self.sources)
 
-def compile_recipe(tape: Tape, graph: BlockGraph, choice: BlockChoice) -> Recipe:
+
+def compile_recipe(
+    tape: Tape, graph: BlockGraph, choice: BlockChoice, tiers: Mapping[int, str] | None = None
+) -> Recipe:
     """Prepare the replay of everything that a choice drops.
+
+    Args:
+        tape: the tape.
+        graph: the same tape for the planner.
+        choice: what is held.
+        tiers: of what is held, what is moved, and where.
 
     Raises:
         NotReplayable: if an op writes in place into memory that cannot be copied first.
     """
     sources: dict[Source, int] = {}
+    tiers = {value: tier for value, tier in (tiers or {}).items() if value in choice.held}
     actions = [_action(tape, index) for index in range(len(tape.packs))]
     programs = []
     for number, (first, last) in enumerate(choice.groups):
@@ -104,8 +124,9 @@ def compile_recipe(tape: Tape, graph: BlockGraph, choice: BlockChoice) -> Recipe
     _mark_roots(tape, actions, {value for program in programs for value in program.roots})
     input_packs = _input_packs(tape)
     for index, action in enumerate(actions):
-        is_plain = action.root == KEEP and action.narrow is None and index not in input_packs
-        actions[index] = action._replace(is_plain=is_plain)
+        tier = tiers.get(action.value, "") if action.phase == KEEP else ""
+        is_plain = action.root == KEEP and action.narrow is None and index not in input_packs and not tier
+        actions[index] = action._replace(is_plain=is_plain, tier=tier)
     return Recipe(
         tape=tape,
         graph=graph,
@@ -113,6 +134,7 @@ def compile_recipe(tape: Tape, graph: BlockGraph, choice: BlockChoice) -> Recipe
         packs=tuple(actions),
         programs=tuple(programs),
         sources=tuple(sources),
+        tiers=tiers,
         input_packs=input_packs,
         least_nodes=tape.num_nodes - tape.made_casts,
         most_nodes=tape.num_nodes + tape.found_casts,
@@ -154,6 +176,7 @@ def _action(tape: Tape, index: int) -> PackAction:
         dtype=pack.geometry.dtype,
         least_nodes=pack.nodes - pack.made_casts,
         most_nodes=pack.nodes + pack.found_casts,
+        value=pack.value,
     )
 
 

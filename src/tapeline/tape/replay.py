@@ -32,7 +32,7 @@ def run_program(
 
     Args:
         program: what to run.
-        sources: tensors in the order of the recipe's sources.
+        sources: tensors in the order of the program's sources.
         roots: held tensors in the order of the program's roots.
         check: called with the number and the tensor of each slot, which is freed after that; nothing is returned then.
 
@@ -40,10 +40,9 @@ def run_program(
         ReplayFailedError: if an op raises; running out of memory comes out as it is.
     """
     script = program.script if check is None else program.checked()
-    used = [sources[number] for number in program.sources]
     try:
         with torch._C.DisableTorchFunction(), torch._C._DisableAutocast(), torch.no_grad():
-            return script.function(used, roots, check)
+            return script.function(sources, roots, check)
     except Exception as error:
         if is_out_of_memory(error):
             raise

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from tapeline.errors import UsageError, did_you_mean
 from tapeline.tape.graph import Op, Tape
+
+EVERYTHING = "*"
 
 
 @dataclass(slots=True)
@@ -63,9 +66,16 @@ class Rules:
         return bool(found)
 
 
+def named_values(tape: Tape, names: Collection[str]) -> frozenset[int]:
+    """The saved values of a tape that are meant by names, those that the block returns left out."""
+    saved = {pack.value for pack in tape.packs}
+    made = (value for op in tape.ops if any(matches(name, op) for name in names) for value in op.makes)
+    return frozenset(value for value in made if value in saved and not tape.values[value].is_output)
+
+
 def matches(name: str, op: Op) -> bool:
     """Whether a name of ``keep=`` or ``drop=`` means what this op makes."""
-    if name in (op.kind, op.label, op.name):
+    if name in (op.kind, op.label, op.name, EVERYTHING):
         return True
     parts = op.module.split(".")
     inside = (".".join(parts[start:end]) for start in range(len(parts)) for end in range(start + 1, len(parts) + 1))

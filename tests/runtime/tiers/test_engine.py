@@ -47,7 +47,7 @@ class Bench:
             "cuda": lambda: accelerator_machine(torch.device("cuda", 0)),
         }[kind]()
         self.places: Any = DiskFile(folder, room, has_checksums=True) if kind == "disk" else HostSlab(room, self.device)
-        self.engine = Engine(self.machine, most_in_flight=in_flight)
+        self.engine = Engine(self.machine, self.places, most_in_flight=in_flight)
 
     def made(self, value: int, size: int = 5000) -> torch.Tensor:
         tensor = torch.full((size,), value, dtype=torch.uint8, device=self.device)
@@ -64,9 +64,9 @@ class Bench:
         return int(values[0])
 
     def sent(self, value: int, size: int = 5000) -> Any:
-        slot = self.places.take(size)
-        assert slot is not None
-        return self.engine.send(self.made(value, size), slot)
+        transfer = self.engine.send(self.made(value, size))
+        assert transfer is not None
+        return transfer
 
     def close(self) -> None:
         self.engine.drain()
@@ -102,12 +102,11 @@ def test_bytes_come_back(bench: Bench) -> None:
 
 def test_what_is_still_there_does_not_travel(bench: Bench) -> None:
     source = bench.made(3)
-    slot = bench.places.take(5000)
-    transfer = bench.engine.send(source, slot)
+    transfer = bench.engine.send(source)
+    assert transfer is not None
     taken = bench.engine.take(transfer)
-    if transfer.source is not None:  # the copy may have ended
-        assert taken is source
-        assert bench.engine.bytes_back == 0
+    assert taken is source
+    assert bench.engine.bytes_back == 0
     bench.engine.drop(transfer)
 
 
@@ -152,7 +151,8 @@ def test_a_slow_link_makes_compute_wait(tmp_path: Path) -> None:
         bench.machine.advance(1.0)
     # each copy takes 5 s and begins after the one before; the second one must have ended before the third is let in flight
     assert bench.machine.stalled == pytest.approx(15.0 - 3.0)
-    assert bench.engine.num_stalls == 3
+    assert bench.engine.stalls.count == 3
+    assert sum(stall.seconds for stall in bench.engine.stalls.table().values()) == pytest.approx(12.0)
 
 
 def test_places_are_used_again_and_joined(bench: Bench) -> None:
@@ -187,7 +187,7 @@ def play(seed: int, engine_class: type[Engine] = Engine, num_steps: int = 60) ->
     slab = HostSlab(16 * 512, torch.device("cpu"))
     machine.touch(slab.buffer, is_write=True)  # type: ignore[arg-type]
     machine.host.update(machine.compute().clock)
-    engine = engine_class(machine, most_in_flight=choose.choice([0, 600, 2000, 100_000]))
+    engine = engine_class(machine, slab, most_in_flight=choose.choice([0, 600, 2000, 100_000]))
     known: list[tuple[Any, int]] = []
     for _ in range(num_steps):
         if choose.random() < 0.1:
@@ -195,12 +195,12 @@ def play(seed: int, engine_class: type[Engine] = Engine, num_steps: int = 60) ->
         action = choose.choice(["send", "send", "let go", "fetch", "take", "take and drop", "drop", "drop"])
         if action == "send" or not known:
             size, value = choose.choice([100, 512, 1500]), choose.randrange(200)
-            slot = slab.take(size)
-            if slot is not None:
-                source = torch.full((size,), value, dtype=torch.uint8)
-                machine.touch(source, is_write=True)
-                known.append((engine.send(source, slot), value))
-                del source
+            source = torch.full((size,), value, dtype=torch.uint8)
+            machine.touch(source, is_write=True)
+            transfer = engine.send(source)
+            if transfer is not None:
+                known.append((transfer, value))
+            del source
             continue
         transfer, value = choose.choice(known)
         if action == "let go":

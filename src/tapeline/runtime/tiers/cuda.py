@@ -63,6 +63,14 @@ class AcceleratorMachine:
         with self._module.stream(stream.stream):
             target.copy_(source, non_blocking=True)
 
+    def mark(self) -> Any:
+        event = self._module.Event(enable_timing=True)
+        event.record(self._module.current_stream(self.device))
+        return event
+
+    def seconds(self, begin: Any, end: Any) -> float | None:
+        return float(begin.elapsed_time(end)) / 1e3 if end.query() else None
+
     def run(self, stream: _Stream, job: Callable[[], None]) -> None:
         """Not on a device's stream: a host function there would stop all copies behind it.
 

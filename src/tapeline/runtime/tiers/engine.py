@@ -12,7 +12,7 @@ The rules, each of which has a test that fails without it:
 8. A target that nobody takes is given back only after the copy has ended.
 
 There is no `record_stream`. Memory is given back at a point of the plan, and the stream that uses it next waits: a slow link makes compute
-wait, and never lets memory grow.
+wait, and never lets memory grow. Nor does a quick one let it shrink early: what a step needs does not depend on who was quicker.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 
-from tapeline.runtime.tiers.streams import Event, Machine, Slot, Stream
+from tapeline.errors import TierError
+from tapeline.runtime.tiers.stalls import Stalls
+from tapeline.runtime.tiers.streams import Event, Machine, Slot, Store, Stream
 
 OUT, BACK = "off the device", "to the device"
 
@@ -31,20 +35,42 @@ OUT, BACK = "off the device", "to the device"
 class Transfer:
     """The bytes of one storage: on their way off the device, in their slot, or on their way back."""
 
-    __slots__ = ("back_done", "home", "num_bytes", "out_done", "slot", "source", "taken", "target")
+    __slots__ = (
+        *("back_done", "has_changed", "home", "num_bytes", "original", "out_done"),
+        *("slot", "source", "taken", "target", "version", "where"),
+    )
 
-    def __init__(self, source: torch.Tensor, slot: Slot, out_done: Event, home: Stream) -> None:
+    def __init__(
+        self, source: torch.Tensor, slot: Slot, out_done: Event, home: Stream, original: torch.Tensor | None, where: str
+    ) -> None:
         self.home = home
         """The compute stream whose memory the source, or later the target, is."""
         self.source: torch.Tensor | None = source
+        self.original = original
+        """The tensor that the bytes are of, as long as the source is there: its version tells of changes."""
+        self.version = -1 if original is None else original._version
+        self.has_changed = False
+        """The tensor was written while its bytes were on their way: they may be of before or after."""
         self.slot: Slot | None = slot
         self.num_bytes = source.nbytes
         self.out_done = out_done
+        self.where = where
         self.target: torch.Tensor | None = None
         """On its way back, and not yet taken."""
         self.back_done: Event | None = None
         self.taken: weakref.ref[torch.Tensor] | None = None
         """What was handed out; as long as somebody has it, others get the same."""
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the bytes are on the device, or on their way to it."""
+        return self.source is not None or self.target is not None or _alive(self) is not None
+
+    def look(self) -> bool:
+        """Whether the tensor is still as it was when its bytes were sent, as far as can be told."""
+        if self.original is not None and self.original._version != self.version:
+            self.has_changed = True
+        return not self.has_changed
 
 
 class Engine:
@@ -52,57 +78,75 @@ class Engine:
 
     Args:
         machine: the device.
-        most_in_flight: bytes on the device that may wait for the end of their copy; beyond that, the compute stream
-            waits for the oldest.
+        store: places below it.
+        most_in_flight: bytes on the device that may wait to be given back; beyond that, the oldest are, and the compute
+            stream waits for the end of their copy.
+        shut: ends what belongs to the machine, called once after `close`.
     """
 
-    def __init__(self, machine: Machine, *, most_in_flight: int) -> None:
-        self.machine, self.most_in_flight = machine, most_in_flight
+    def __init__(
+        self, machine: Machine, store: Store, *, most_in_flight: int, shut: Callable[[], None] = lambda: None
+    ) -> None:
+        self.machine, self.store, self.most_in_flight, self._shut = machine, store, most_in_flight, shut
         self.bytes_out = self.bytes_back = 0
         """Bytes moved so far."""
         self.in_flight = self.most_seen_in_flight = 0
-        """Bytes on the device that wait for the end of their copy, now and at most."""
-        self.num_stalls = 0
-        """How often the compute stream had to wait because too much was in flight."""
+        """Bytes on the device that wait to be given back, now and at most."""
+        self.stalls = Stalls(machine)
+        """What the compute stream has waited for."""
+        self.num_alive = 0
+        """Transfers that somebody may still ask for."""
+        self.is_closing = self.is_closed = False
         self._leaving: deque[Transfer] = deque()
         self._unwanted: list[tuple[torch.Tensor, Event]] = []
-        self._lock = threading.RLock()
+        self._dropped: deque[Transfer] = deque()
+        self._lock = threading.Lock()
 
-    def send(self, source: torch.Tensor, slot: Slot) -> Transfer:
+    def send(self, source: torch.Tensor, original: torch.Tensor | None = None, where: str = "") -> Transfer | None:
         """Begin to move bytes off the device; the engine holds `source` until it may be given back.
 
         Args:
             source: of type uint8, contiguous, on the device.
-            slot: at least as large.
+            original: the tensor that the bytes are of, if a change of it is to be noticed.
+            where: what to call it in reports.
+
+        Returns:
+            ``None`` if there is no room, or the engine is closing.
         """
-        with self._lock:
-            self.collect()
+        with self._locked():
+            slot = None if self.is_closing else self.store.take(source.nbytes)
+            if slot is None:
+                return None
             compute, out = self.machine.compute(), self.machine.side(OUT)
             out.wait(compute.record())  # rule 1
             for event in slot.busy:
                 out.wait(event)  # rule 3
             slot.write(self.machine, out, source)
-            transfer = Transfer(source, slot, out.record(), compute)
+            transfer = Transfer(source, slot, out.record(), compute, original, where)
             slot.busy = [transfer.out_done]
+            self.num_alive += 1
             self._leaving.append(transfer)
             self.bytes_out += source.nbytes
             self.in_flight += source.nbytes
-            while self.in_flight > self.most_in_flight:
-                self.num_stalls += not self._leaving[0].out_done.is_done()
-                self._give_back(self._leaving[0])
+            try:
+                while self.in_flight > self.most_in_flight:
+                    self._give_back(self._leaving[0])
+            except TierError:
+                self._dropped.append(transfer)
+                raise
             self.most_seen_in_flight = max(self.most_seen_in_flight, self.in_flight)
             return transfer
 
     def let_go(self, transfer: Transfer) -> None:
         """Give the source back now, as the plan says: operations from here on wait until its copy has ended."""
-        with self._lock:
+        with self._locked():
             if transfer.source is not None:
                 self._give_back(transfer)
 
     def fetch(self, transfer: Transfer) -> None:
         """Begin to bring the bytes back, ahead of their use; nothing is done for those that are on the device."""
-        with self._lock:
-            if transfer.source is None and transfer.target is None and _alive(transfer) is None:
+        with self._locked():
+            if not transfer.is_there:
                 self._fetch(transfer)
 
     def take(self, transfer: Transfer) -> torch.Tensor:
@@ -110,7 +154,7 @@ class Engine:
 
         They may be taken again: as long as somebody has them, the same tensor is handed out; later, they are brought anew.
         """
-        with self._lock:
+        with self._locked():
             compute = self.machine.compute()
             if compute != transfer.home:
                 self._move_home(transfer, compute)  # rule 7
@@ -122,38 +166,81 @@ class Engine:
             target, transfer.target = transfer.target, None
             assert target is not None, "fetched just now"
             assert transfer.back_done is not None, "fetched just now"
-            compute.wait(transfer.back_done)  # rule 6
+            with self.stalls.noted(transfer.back_done, f"{transfer.where} {BACK}"):
+                compute.wait(transfer.back_done)  # rule 6
             transfer.taken = weakref.ref(target)
             return target
 
     def drop(self, transfer: Transfer) -> None:
-        """Nobody will ask for the bytes again; safe to call twice."""
+        """Nobody will ask for the bytes again; safe to call twice, and while this engine is at work in the same thread."""
+        self._dropped.append(transfer)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._bury()
+            finally:
+                self._lock.release()
+
+    def close(self) -> None:
+        """Send nothing more; everything is given back at once, or when the last bytes have been dropped. Safe to call twice."""
+        with self._locked():
+            self.is_closing = True
+
+    def drain(self) -> None:
+        """Block until every copy has ended, and give everything back.
+
+        Raises:
+            TierError: if a copy has failed.
+        """
+        with self._locked():
+            self._drain()
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Alone; what others drop meanwhile is seen to at the end."""
         with self._lock:
-            if transfer.source is not None:
-                self._give_back(transfer)
+            try:
+                yield
+            finally:
+                self._bury()
+
+    def _bury(self) -> None:
+        while self._dropped:
+            transfer = self._dropped.popleft()
+            try:
+                if transfer.source is not None:
+                    self._give_back(transfer)
+            except TierError:
+                transfer.source = None  # whoever asks for bytes learns of it
             if transfer.target is not None and transfer.back_done is not None:
                 self._unwanted.append((transfer.target, transfer.back_done))  # rule 8
                 transfer.target = None
             if transfer.slot is not None:
                 transfer.slot.free()
                 transfer.slot = None
-            self.collect()
+                self.num_alive -= 1
+        self._collect()
+        if self.is_closing and not self.is_closed and not self.num_alive:
+            self.is_closed = True
+            with suppress(TierError):  # who asked for bytes has been told
+                self._drain()
+            self._shut()
+            self.store.close()
 
-    def collect(self) -> None:
-        """Give back what no copy uses any more; nothing waits."""
-        with self._lock:
-            while self._leaving and self._leaving[0].out_done.is_done():
-                self._give_back(self._leaving[0])
-            self._unwanted = [(target, done) for target, done in self._unwanted if not done.is_done()]
-
-    def drain(self) -> None:
-        """Block until every copy has ended, and give everything back."""
-        with self._lock:
+    def _drain(self) -> None:
+        try:
             for transfer in list(self._leaving):
                 transfer.out_done.synchronize()
             for _, done in self._unwanted:
                 done.synchronize()
-            self.collect()
+        finally:
+            while self._leaving:
+                with suppress(TierError):  # raised above
+                    self._give_back(self._leaving[0])
+            self._collect()
+
+    def _collect(self) -> None:
+        """Give back the targets that nobody has taken and no copy writes any more; nothing waits."""
+        self._unwanted = [(target, done) for target, done in self._unwanted if not _is_over(done)]
 
     def _fetch(self, transfer: Transfer) -> None:
         assert transfer.slot is not None, "it was dropped"
@@ -169,8 +256,12 @@ class Engine:
     def _give_back(self, transfer: Transfer) -> None:
         self._leaving.remove(transfer)
         self.in_flight -= transfer.num_bytes
-        transfer.home.wait(transfer.out_done)  # rule 2
-        transfer.source = None
+        try:
+            with self.stalls.noted(transfer.out_done, f"{transfer.where} {OUT}"):
+                transfer.home.wait(transfer.out_done)  # rule 2
+        finally:
+            transfer.look()
+            transfer.source = transfer.original = None
 
     def _move_home(self, transfer: Transfer, compute: Stream) -> None:
         """Another stream asks: what is on the device goes back to the stream it belongs to, and is fetched for this one."""
@@ -183,3 +274,10 @@ class Engine:
 
 def _alive(transfer: Transfer) -> torch.Tensor | None:
     return transfer.taken() if transfer.taken is not None else None
+
+
+def _is_over(event: Event) -> bool:
+    try:
+        return event.is_done()
+    except TierError:
+        return True

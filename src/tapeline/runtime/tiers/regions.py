@@ -19,6 +19,8 @@ class Regions:
         self.num_bytes, self.alignment = num_bytes, alignment
         self.used = self.most_used = 0
         """Bytes given out, rounded up, now and at most."""
+        self.most_end = 0
+        """End of the stretch that has been in use."""
         self._free: list[tuple[int, int, tuple[Event, ...]]] = [(0, num_bytes, ())]
         """Begin, end, and what may still use a part of it."""
 
@@ -38,6 +40,7 @@ class Regions:
                     self._free[number] = begin + size, end, waiting
                 self.used += size
                 self.most_used = max(self.most_used, self.used)
+                self.most_end = max(self.most_end, begin + size)
                 return begin, list(waiting)
         return None
 

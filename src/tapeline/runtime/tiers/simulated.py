@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 POISON = 0xFF
@@ -117,7 +117,8 @@ class SimulatedStream:
         """Do the jobs up to a position."""
         while self.num_done < position and self._jobs:
             self.num_done += 1
-            self._jobs.popleft()()
+            with _disable_current_modes():  # it is no operation of the model
+                self._jobs.popleft()()
 
 
 class SimulatedMachine:
@@ -169,6 +170,12 @@ class SimulatedMachine:
         self._access(stream, target, is_write=True)
         stream.give(_Copy(self, target, source), self._seconds(source.nbytes, stream))
 
+    def mark(self) -> float:
+        return self._compute.now
+
+    def seconds(self, begin: float, end: float) -> float:
+        return end - begin
+
     def run(self, stream: SimulatedStream, job: Callable[[], None]) -> None:
         stream.begin()
         stream.give(job, self._seconds(0, stream))
@@ -195,11 +202,6 @@ class SimulatedMachine:
         """
         if self.races:
             raise RaceError("; ".join(self.races))
-
-    def live_bytes(self) -> int:
-        """Bytes of the storages that it knows and that somebody has."""
-        alive = (memory.storage() for memory in self._memory.values())
-        return sum(storage.nbytes() for storage in alive if storage is not None)
 
     def seems_done(self, event: SimulatedEvent) -> bool:
         """Whether the host, asking now, finds the event done."""

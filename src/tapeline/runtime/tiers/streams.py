@@ -7,9 +7,12 @@ finds out whether any access could have come before another that it had to wait 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+
+if TYPE_CHECKING:
+    from tapeline.runtime.tiers.regions import Regions
 
 
 class Event(Protocol):
@@ -48,10 +51,16 @@ class Machine(Protocol):
     def empty(self, num_bytes: int) -> torch.Tensor:
         """Bytes on the device, of type uint8, from the memory that the compute stream allocates from."""
 
-    def copy(self, stream: Stream, target: torch.Tensor, source: torch.Tensor) -> None:
+    def copy(self, stream: Any, target: torch.Tensor, source: torch.Tensor) -> None:
         """Let `stream` copy bytes. Both tensors must stay as they are until that is done."""
 
-    def run(self, stream: Stream, job: Callable[[], None]) -> None:
+    def mark(self) -> Any:
+        """A moment of the compute stream."""
+
+    def seconds(self, begin: Any, end: Any) -> float | None:
+        """Time between two moments; ``None`` as long as the stream has not come to the second."""
+
+    def run(self, stream: Any, job: Callable[[], None]) -> None:
         """Let `stream` call a function that reads or writes host memory."""
 
 
@@ -70,3 +79,16 @@ class Slot(Protocol):
 
     def free(self) -> None:
         """Let others have the place; they wait for `busy` before they write."""
+
+
+class Store(Protocol):
+    """The places of a lower tier."""
+
+    regions: Regions
+    num_bytes: int
+
+    def take(self, num_bytes: int) -> Slot | None:
+        """A place for so many bytes; ``None`` if there is none."""
+
+    def close(self) -> None:
+        """Give everything back."""

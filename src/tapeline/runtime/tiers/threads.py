@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 
 import torch
@@ -114,6 +115,12 @@ class ThreadMachine:
 
     def copy(self, stream: _Worker, target: torch.Tensor, source: torch.Tensor) -> None:
         stream.add(lambda: _copy(target, source))
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, begin: float, end: float) -> float:
+        return end - begin
 
     def run(self, stream: _Worker, job: Callable[[], None]) -> None:
         stream.add(job)

@@ -1,0 +1,22 @@
+"""One tier below a device: where it is, and the engine that moves bytes to it and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tapeline.runtime.tiers.engine import Engine
+
+HOST, DISK = "host", "disk"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tier:
+    """A tier that is open."""
+
+    name: str
+    """``host`` or ``disk``."""
+    device: torch.device
+    """Whose bytes it takes."""
+    engine: Engine
