@@ -33,10 +33,10 @@ from bench.steps import (
 )
 from bench.store import Store
 from tapeline.cost.catalogue import find_device
+from tapeline.cost.links import links_of
 from tapeline.planner.forecast import OURS
 from tapeline.planner.route import Route
 from tapeline.planner.synthetic import LLAMA_3_8B, LLAMA_3_70B, LlamaBlock, Shape, Speed
-from tapeline.runtime.route import links_of
 
 MARGIN = 0.05
 """Share of a card that `tapeline.forecast` leaves free where no budget is given; the driver's context is counted as used."""

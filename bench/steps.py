@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from tapeline.cost.catalogue import Device
+from tapeline.cost.links import links_of
 from tapeline.integrations.configs import find_config
 from tapeline.integrations.depth import full_size, shortened
 from tapeline.integrations.peft import add_lora
@@ -28,7 +29,7 @@ from tapeline.planner.timeline import Timeline
 from tapeline.runtime.blocks import find_blocks
 from tapeline.runtime.candidates import Candidates
 from tapeline.runtime.predict import FakeStep
-from tapeline.runtime.route import Whole, Workload, links_of, workload
+from tapeline.runtime.route import Whole, Workload, workload
 from tapeline.runtime.step import LossFn, model_loss
 
 STOCK, CHUNKED = "stock", "chunked"

@@ -50,7 +50,7 @@ from bench.steps import (
 )
 from bench.store import Store, source_digest
 from tapeline.cost.catalogue import find_device
-from tapeline.runtime.route import links_of
+from tapeline.cost.links import links_of
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent

@@ -17,8 +17,8 @@ from bench.store import Store
 
 import tapeline
 from tapeline.cost.catalogue import find_device
+from tapeline.cost.links import links_of
 from tapeline.planner.synthetic import Shape
-from tapeline.runtime.route import links_of
 
 ROOT = Path(__file__).parent.parent
 RECORD = ROOT / "bench" / "results" / "cpu" / "tables.json"

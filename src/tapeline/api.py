@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from tapeline.runtime.explain import explain
 from tapeline.runtime.search import Search, plan
 from tapeline.runtime.session import Report, Session, apply
 from tapeline.runtime.shape_plans import ShapePlans
+from tapeline.runtime.wanted import Wanted
 from tapeline.units import Budget
 
 __all__ = ["Report", "Session", "apply", "checkpoint", "diagnose", "explain", "fit", "forecast", "plan"]
@@ -28,6 +30,7 @@ def fit(
     audit_every: int = 100,
     strict: bool = False,
     per_shape: bool = False,
+    offload_dir: Path | str | None = None,
     **options: Any,
 ) -> Session:
     """Plan for `batch` under `budget` and put the plan in force at once.
@@ -41,6 +44,7 @@ def fit(
         strict: as in `Session`.
         per_shape: make a plan for each shape of batch, for all that are up to a fifth smaller. The plan of a shape that
             was not seen before is made in another thread while the plan for the next larger shape serves. Mode ``auto`` only.
+        offload_dir: folder for what a plan with a ``disk_budget`` moves to the disk.
         **options: the other arguments of `plan`.
 
     Returns:
@@ -57,7 +61,16 @@ def fit(
     """
     optimizer = options.get("optimizer")
     known = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
-    search = Search(model, batch, budget, **options)
+    search = Search(model, batch, budget, Wanted(**options))
     made = search.plan()
     shapes = ShapePlans(search, made) if per_shape else None
-    return Session(model, made, measure=measure, optimizer=known, audit_every=audit_every, strict=strict, shapes=shapes)
+    return Session(
+        model,
+        made,
+        measure=measure,
+        optimizer=known,
+        audit_every=audit_every,
+        strict=strict,
+        shapes=shapes,
+        offload_dir=offload_dir,
+    )

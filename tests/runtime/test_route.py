@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tapeline.cost.catalogue import find_device
+from tapeline.cost.links import links_of
 from tapeline.errors import UnsupportedModelError
 from tapeline.integrations.depth import full_size, shortened
 from tapeline.integrations.peft import add_lora
@@ -21,7 +22,7 @@ from tapeline.planner.strategies import STRATEGIES, outcomes
 from tapeline.runtime.blocks import find_blocks
 from tapeline.runtime.candidates import Candidates
 from tapeline.runtime.predict import FakeStep
-from tapeline.runtime.route import Whole, Workload, links_of, workload
+from tapeline.runtime.route import Whole, Workload, workload
 from tests.models import _llama, token_batch
 
 DEVICE = replace(find_device("rtx-4090"), context_bytes=0)

@@ -24,6 +24,7 @@ from tapeline.errors import UsageError
 from tapeline.runtime.ambient import Ambient
 from tapeline.runtime.search import Search
 from tapeline.runtime.signature import surroundings
+from tapeline.runtime.wanted import Wanted
 from tapeline.tape.beside import Demand
 from tapeline.train.config import TrainConfig
 from tapeline.train.run import _shape_plans
@@ -111,7 +112,7 @@ def test_training_is_that_without_tapeline(waits: bool, autocast: bool) -> None:
 def test_a_plan_made_beside_training_is_the_one_made_alone(autocast: bool) -> None:
     model = _llama(num_hidden_layers=4).train()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        search = Search(model, batch_of(48), "60%", optimizer="AdamW")
+        search = Search(model, batch_of(48), "60%", Wanted(optimizer="AdamW"))
         search.plan()
         alone = search.plan_for(batch_of(30))
     made = []
@@ -178,7 +179,7 @@ def test_backward_follows_the_plan_of_its_forward() -> None:
 def test_autocast_keeps_its_copies_while_plans_are_made() -> None:
     model = _llama(num_hidden_layers=4).train()
     with torch.autocast("cpu", torch.bfloat16):
-        search = Search(model, batch_of(48), "60%", optimizer="AdamW")
+        search = Search(model, batch_of(48), "60%", Wanted(optimizer="AdamW"))
         search.plan()
         weight, x = nn.Parameter(torch.randn(8, 8)), torch.randn(8, 8)
         torch.mm(x, weight)
@@ -419,7 +420,7 @@ def test_a_call_of_a_known_shape_costs_less_than_five_milliseconds() -> None:
 
 
 def test_settings_of_the_process_are_not_written_beside_training() -> None:
-    search = Search(Fussy(), torch.randn(4, 64, 16), "60%", loss_fn=total)
+    search = Search(Fussy(), torch.randn(4, 64, 16), "60%", Wanted(loss_fn=total))
     now = surroundings()
     then = now._replace(default_dtype=torch.float64, attention=tuple(not allowed for allowed in now.attention))
     state = torch.get_rng_state()
@@ -437,7 +438,7 @@ def test_a_training_run_goes_on_with_one_plan_where_others_cannot_be_made() -> N
     said: list[str] = []
     model = Fussy()
     model.layers[0].register_forward_hook(lambda module, args, out: seen.append(out.shape))
-    search = Search(model, torch.randn(4, 64, 16), "60%", loss_fn=total)
+    search = Search(model, torch.randn(4, 64, 16), "60%", Wanted(loss_fn=total))
     observer = types.SimpleNamespace(said=said.append)
     assert _shape_plans(TrainConfig(), search, search.plan(), observer) is None  # type: ignore[arg-type]
     (line,) = said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ import psutil
 
 from tapeline.cost.device import cgroup_memory
 from tapeline.errors import UsageError
+
+_HOST_SHARE = 0.8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +54,12 @@ def machine_limits(folder: Path | str) -> Limits:
         disk_bytes=free_disk_bytes(folder),
         folder=str(folder),
     )
+
+
+def available_host_bytes() -> int:
+    """Host memory that one of the processes of this job on this machine may take without crowding out the rest."""
+    free = [psutil.virtual_memory().available, *(max(0, limit - used) for limit, used in cgroup_memory())]
+    return int(_HOST_SHARE * min(free)) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def free_disk_bytes(folder: Path | str) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from tapeline.cost.catalogue import CPU, Device, find_device
+from tapeline.cost.links import links_of
 from tapeline.errors import InfeasibleBudgetError, UnsupportedModelError, UsageError, did_you_mean
 from tapeline.integrations.configs import find_config
 from tapeline.integrations.depth import Size, full_size, shortened
@@ -23,7 +24,7 @@ from tapeline.planner.tightest import Smallest, smallest
 from tapeline.runtime.blocks import find_blocks
 from tapeline.runtime.candidates import Candidates
 from tapeline.runtime.predict import FakeStep
-from tapeline.runtime.route import Whole, Workload, links_of, workload
+from tapeline.runtime.route import Whole, Workload, workload
 from tapeline.units import Budget, format_bytes, parse_budget, parse_bytes
 
 _DTYPES = ("bfloat16", "float16", "float32")

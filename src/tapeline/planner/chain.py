@@ -1,7 +1,8 @@
 """Which option each block takes, so that the fewest operations are recomputed under a byte budget.
 
 A step is a sequence of points in time. Each option of a block adds bytes to some of them; each block takes exactly one
-option. Choosing the cheapest set under the budget is a small 0/1 linear programme, solved exactly by HiGHS.
+option. Choosing the cheapest set under the budget is a small 0/1 linear programme, solved exactly by HiGHS. Bytes that are moved cost nothing as
+long as the link is quicker than the forward, and than the backward; beyond that, compute waits for it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import highspy
 
 _LATE_TILT = 1e-7
+_MOVE_TILT = 1e-7
 _SECONDS = 10.0
 
 
@@ -27,6 +29,28 @@ class Option:
     """Operations recomputed in a step."""
     added_bytes: dict[int, int]
     """Bytes alive at each point (by index) beyond the points' base."""
+    moved_bytes: int = 0
+    """Bytes that leave the device in a step, and come back."""
+    num_moved: int = 0
+    """How many tensors they are."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Link:
+    """What moves bytes to the tier below, in units of operations: what the device computes meanwhile."""
+
+    room_bytes: int
+    """What may be there."""
+    out_flops: float
+    """Operations that the device does while one byte leaves."""
+    back_flops: float
+    """The same while one comes back."""
+    copy_flops: float
+    """The same while one copy is started."""
+    forward_flops: float
+    """What the forward does anyway: bytes leave for nothing as long as it takes longer."""
+    backward_flops: float
+    """The same of the backward."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +63,8 @@ class Chain:
     """Number of blocks; each has at least one option."""
     options: tuple[Option, ...]
     """All options."""
+    link: Link | None = None
+    """Where moved bytes go; ``None``: no option moves any."""
 
     def peak_bytes(self, chosen: Sequence[Option]) -> int:
         """Largest number of bytes alive at any point under a choice."""
@@ -61,7 +87,10 @@ def solve(chain: Chain, budget_bytes: int) -> list[Option] | None:
     total = sum(option.flops for option in chain.options) or 1
     for column, option in enumerate(chain.options):
         tilt = _LATE_TILT * (chain.num_blocks - option.block) if option.kind == "keep" else 0.0
+        tilt += _MOVE_TILT * (1 + option.block) if option.moved_bytes else 0.0  # the first to leave are needed last
         model.highs.changeColCost(column, option.flops / total * chain.num_blocks + tilt)
+    if chain.link is not None:
+        model.add_link(chain.link, chain.num_blocks / total)
     model.limit_points(budget_bytes)
     return model.run()
 
@@ -114,6 +143,19 @@ class _Model:
             covers[option.block].append(column)
         for columns in covers:
             self.highs.addRow(1.0, 1.0, len(columns), columns, [1.0] * len(columns))
+
+    def add_link(self, link: Link, cost: float) -> None:
+        """Compute waits for what the link cannot move beside forward and backward; there is room for so much below."""
+        moving = [(column, option) for column, option in enumerate(self.chain.options) if option.moved_bytes]
+        columns = [column for column, _ in moving]
+        room = [option.moved_bytes / max(1, link.room_bytes) for _, option in moving]
+        self.highs.addRow(-highspy.kHighsInf, 1.0, len(columns), columns, room)
+        for per_byte, hidden in ((link.out_flops, link.forward_flops), (link.back_flops, link.backward_flops)):
+            wait = self.highs.getNumCol()
+            self.highs.addVar(0.0, highspy.kHighsInf)
+            self.highs.changeColCost(wait, 1.0)
+            times = [cost * (per_byte * o.moved_bytes + link.copy_flops * o.num_moved) for _, o in moving]
+            self.highs.addRow(-highspy.kHighsInf, cost * hidden, len(columns) + 1, [*columns, wait], [*times, -1.0])
 
     def limit_points(self, budget_bytes: int) -> None:
         for base, columns, added in self._points():

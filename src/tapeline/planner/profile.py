@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from tapeline.planner.chain import Chain, Option
+from tapeline.planner.chain import Chain, Link, Option
 
 Key = tuple[str, str | None, int]
 
@@ -79,6 +79,8 @@ def build_chain(
     names: list[str],
     samples: Sequence[tuple[StepProfile, dict[str, str]]] = (),
     groups: dict[str, str] | None = None,
+    moves: Callable[[str, str], Mapping[str, Sequence[int]]] = lambda _name, _kind: {},
+    link: Link | None = None,
 ) -> Chain:
     """Compose the choice problem from runs: everything kept, everything recomputed that can be, and mixtures.
 
@@ -91,6 +93,8 @@ def build_chain(
         names: the blocks.
         samples: steps with a mixture of options, and which option each block took.
         groups: blocks of one group behave alike.
+        moves: for a block and an option, the ways to move a part of what it holds, each with the bytes of its tensors.
+        link: where that goes.
     """
     keyed = _keyed(recomputed)
     order = {key: index for index, key in enumerate(keyed)}
@@ -109,7 +113,25 @@ def build_chain(
                 options.append(Option(block=index, kind=kind, flops=flops, added_bytes=added))
         added = _kept_bytes(name, keyed, _keyed(kept), order, spans)
         options.append(Option(block=index, kind="keep", flops=0, added_bytes=added))
-    return Chain(base_bytes=tuple(base), num_blocks=len(names), options=tuple(options))
+    if link is not None:
+        for option in list(options):
+            name = names[option.block]
+            for way, sizes in moves(name, option.kind).items():
+                options.append(
+                    _moving(option, way, sizes, [(order[f], order[b]) for f, b in spans.items() if b and f[1] == name])
+                )
+    return Chain(base_bytes=tuple(base), num_blocks=len(names), options=tuple(options), link=link)
+
+
+def _moving(option: Option, way: str, sizes: Sequence[int], spans: Sequence[tuple[int, int]]) -> Option:
+    """The option with a part of what it holds moved away between each forward and its backward."""
+    added = Counter(option.added_bytes)
+    for forward, backward in spans:
+        for point in range(forward + 1, backward):
+            added[point] -= sum(sizes)
+    return replace(
+        option, kind=f"{option.kind}+{way}", added_bytes=dict(added), moved_bytes=sum(sizes), num_moved=len(sizes)
+    )
 
 
 def _measured(

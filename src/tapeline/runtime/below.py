@@ -1,54 +1,83 @@
-"""The tiers of a session."""
+"""The tier below a device that a plan may use."""
 
 from __future__ import annotations
 
-from contextlib import suppress
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
-from torch import nn
+import torch
 
+from tapeline.cost.catalogue import CPU, catalogued, lookup, unknown_accelerator
+from tapeline.cost.device import device_name
+from tapeline.cost.limits import available_host_bytes
+from tapeline.cost.links import links_of
 from tapeline.errors import UsageError
-from tapeline.planner.schema import Plan
-from tapeline.runtime.moving import Mover
-from tapeline.runtime.predict import model_device
-from tapeline.runtime.switch import Inert
-from tapeline.runtime.tiers.opening import open_disk, open_host
-from tapeline.runtime.tiers.tier import Tier
+from tapeline.planner.chain import Link
+from tapeline.planner.profile import StepProfile
+from tapeline.runtime.predict import FakeStep
+from tapeline.runtime.wanted import Wanted
 
 
-def open_mover(model: nn.Module, plan: Plan, offload_dir: Path | str | None) -> Mover | None:
-    """Open the tiers that a plan uses; ``None`` if it uses none.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Below:
+    """The tier that a plan may use, and how quick it is."""
+
+    name: Literal["host", "disk"]
+    room_bytes: int
+    """What the plan may put there."""
+    out_bandwidth: float
+    """Bytes per second."""
+    back_bandwidth: float
+    copy_seconds: float
+    """Seconds that starting a copy takes."""
+
+    def link(self, profile: StepProfile, step: FakeStep) -> Link:
+        """The tier as the choice of placements sees it, for one micro-batch."""
+        flops = step.library.rates.matmul_flops
+        return Link(
+            room_bytes=self.room_bytes,
+            out_flops=flops / self.out_bandwidth,
+            back_flops=flops / self.back_bandwidth,
+            copy_flops=flops * self.copy_seconds,
+            forward_flops=profile.flops / 3 / step.accumulation,
+            backward_flops=profile.flops * 2 / 3 / step.accumulation,
+        )
+
+
+def below(device: torch.device, wanted: Wanted) -> Below | None:
+    """The tier below `device` that the user gave room to; ``None`` if none.
 
     Raises:
-        TierError: if one cannot be had.
-        UsageError: if the plan uses the disk and no folder was named.
+        UsageError: for a tier that this device does not have.
     """
-    device = model_device(model)
-    if plan.disk_bytes and offload_dir is None:
-        raise UsageError('The plan moves tensors to the disk: say where with offload_dir="...".')
-    tiers: list[Tier] = []
-    try:
-        if plan.host_bytes:
-            tiers.append(open_host(device, plan.host_bytes, plan.in_flight_bytes))
-        if plan.disk_bytes:
-            tiers.append(open_disk(device, plan.disk_bytes, plan.in_flight_bytes, offload_dir or ""))
-    except BaseException:
-        for tier in tiers:
-            with suppress(Exception):
-                tier.engine.close()
-        raise
-    return Mover({tier.name: tier for tier in tiers}, model) if tiers else None
-
-
-class ForwardBegins:
-    """A forward pre-hook of the model: its weights may have other storages than before."""
-
-    def __init__(self, mover: Mover) -> None:
-        self._mover = mover
-
-    def __call__(self, *_: Any) -> None:
-        self._mover.begin_forward()
-
-    def __reduce__(self) -> tuple[type[Inert], tuple[()]]:
-        return Inert, ()  # a copied model belongs to no session
+    is_cpu, offloads = device.type == "cpu", wanted.name == "offload"
+    if is_cpu and wanted.host_bytes:
+        raise UsageError(
+            f"host_budget={wanted.host_budget!r}: the model is on the CPU, where the host is the same memory. "
+            'Use disk_budget="..." to move tensors to a disk.'
+        )
+    if is_cpu and offloads and not wanted.disk_bytes:
+        raise UsageError(
+            "Mode 'offload' moves block inputs to the tier below; on a CPU that is the disk: say how much of it with "
+            'disk_budget="20GiB".'
+        )
+    if not is_cpu and wanted.disk_bytes:
+        raise UsageError(
+            f"disk_budget={wanted.disk_budget!r}: from {device} tensors are moved to the host. Use host_budget."
+        )
+    known = catalogued(CPU) if is_cpu else lookup(device_name(device)) or unknown_accelerator()
+    links = links_of(known)
+    if is_cpu:
+        room, out, back = wanted.disk_bytes, links.disk_write, links.disk_read
+    else:
+        room = wanted.host_bytes or (available_host_bytes() if offloads else 0)
+        out, back = links.to_host, links.to_device
+    if not room:
+        return None
+    return Below(
+        name="disk" if is_cpu else "host",
+        room_bytes=room,
+        out_bandwidth=out,
+        back_bandwidth=back,
+        copy_seconds=links.latency,
+    )

@@ -100,7 +100,7 @@ class BlockSeam:
         given = Given(invocation, tensors, foreign, self._rebuilt(tensors), self._begin_moves(), self.role.moves_input)
         out = self._dispatch((token, settings, key), given)
         if given.moves is not None:
-            given.moves.watch(out)
+            given.moves.end(out)
         return out
 
     def _dispatch(self, key: Any, given: Given) -> Any:
@@ -364,7 +364,7 @@ class BlockSeam:
 
     def _begin_moves(self) -> MovedCall | None:
         role, mover = self.role, self.library.mover
-        if mover is None or not (role.moves_input or role.ahead_bytes or self.policy.moves):
+        if mover is None or not role.has_moves:
             return None
         return mover.call(self.name, role.ahead_bytes)
 

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
+from tapeline.ledger import BACKWARD
 from tapeline.planner.block import front
 from tapeline.planner.chain import Chain, Option
 from tapeline.planner.policy import CHEAP, KEEP, LEAST, RECOMPUTE, Policy
 from tapeline.planner.profile import StepProfile, build_chain, held_bytes
 from tapeline.planner.schema import BlockPlan, Placement
+from tapeline.planner.windows import ahead_bytes
+from tapeline.runtime.below import Below
+from tapeline.runtime.moving import LEAST_BYTES
 from tapeline.runtime.predict import FakeStep
-from tapeline.tape.graph import Tape
+from tapeline.runtime.tiers.tier import HOST
+from tapeline.tape.graph import ARGUMENT, Source, Tape
 from tapeline.tape.options import block_graph
+from tapeline.tape.rules import EVERYTHING
 
 _SEGMENT_LENGTHS = (2, 3, 4, 6, 8, 12, 16, 24)
 NOT_RECORDED = "autograd records nothing here"
 _NUM_BETWEEN = 3
 _MAX_SAMPLES = 2
+_MAX_WINDOWS = 3
 
 Blocks = tuple[BlockPlan, ...]
 
@@ -27,11 +35,12 @@ class Candidates:
 
     Args:
         step: the step without bytes.
+        below: the tier that tensors may be moved to.
         is_later: the batch comes after others, so that its first step finds the optimizer's state.
     """
 
-    def __init__(self, step: FakeStep, *, is_later: bool = False) -> None:
-        self.step, self.is_later = step, is_later
+    def __init__(self, step: FakeStep, below: Below | None = None, *, is_later: bool = False) -> None:
+        self.step, self.below, self.is_later = step, below, is_later
         kinds = {name: type(step.model.get_submodule(name)).__name__ for name in step.block_names}
         self._kinds = kinds
         kept = [_plan(name, kinds[name], KEEP) for name in step.block_names]
@@ -48,12 +57,15 @@ class Candidates:
         self._first_peaks: dict[Blocks, int] = {}
         self._chain: Chain | None = None
         self._policies: dict[str, Policy] = {}
+        self._rooms: dict[Blocks, dict[str, int]] = {}
 
     def profile(self, blocks: Blocks) -> StepProfile:
         """The step under these placements, run once."""
         if blocks not in self._profiles:
             keeps_all = all(block.policy.keeps_all for block in blocks) and not self.step.library.rules.drop
-            self._profiles[blocks] = self.kept if keeps_all else self.step.run(blocks)
+            keeps_all = keeps_all and all(block.input == "device" for block in blocks)
+            in_flight = self.in_flight_bytes(blocks)
+            self._profiles[blocks] = self.kept if keeps_all else self.step.run(blocks, in_flight_bytes=in_flight)
         return self._profiles[blocks]
 
     def first_peak(self, blocks: Blocks) -> int:
@@ -64,7 +76,8 @@ class Candidates:
         if blocks not in self._first_peaks:
             profile = self.profile(blocks)
             if profile is not self.kept:
-                profile = self.step.run(blocks, is_first=True)
+                profile = self.step.run(blocks, in_flight_bytes=self.in_flight_bytes(blocks), is_first=True)
+                self._rooms[blocks] = profile.room_bytes
             self._first_peaks[blocks] = profile.peak_bytes if self.is_later else self.step.first_step_peak(profile)
         return self._first_peaks[blocks]
 
@@ -74,7 +87,18 @@ class Candidates:
 
     def fits(self, blocks: Blocks, limit: int) -> bool:
         """Whether no step needs more than `limit` bytes; the first step is run only where the others fit."""
-        return self.profile(blocks).peak_bytes <= limit and self.first_peak(blocks) <= limit
+        fits = self.profile(blocks).peak_bytes <= limit and self.first_peak(blocks) <= limit
+        return fits and self.has_room(blocks)
+
+    def has_room(self, blocks: Blocks) -> bool:
+        """Whether the tier below has room for what is moved."""
+        return self.below is None or self.room_bytes(blocks) <= self.below.room_bytes
+
+    def room_bytes(self, blocks: Blocks) -> int:
+        """What the tier below must have room for, in any step."""
+        self.first_peak(blocks)
+        rooms = (self.profile(blocks).room_bytes, self._rooms.get(blocks, {}))
+        return max((size for room in rooms for size in room.values()), default=0)
 
     def uniform(self, policy: Policy) -> Blocks:
         """The same policy for all blocks that it can apply to."""
@@ -97,6 +121,53 @@ class Candidates:
                 position = -1
         return tuple(blocks)
 
+    def offloaded(self, policy: Policy = RECOMPUTE) -> Blocks:
+        """Every input below the device but the last block's, which is needed at once; the rest as `policy` says."""
+        assert self.below is not None, "asked for where there is a tier"
+        blocks, left = [self._place(name, policy, self.below.name) for name in self.names], self.below.room_bytes
+        for number, block in enumerate(blocks):
+            left -= sum(self.moved_sizes(block))
+            if left < 0 or number == len(blocks) - 1:
+                blocks[number] = replace(block, input="device")
+        return tuple(blocks)
+
+    def moving(self, policy: Policy, num_blocks: int) -> Blocks:
+        """The policy for all blocks, with all that the first ones hold below the device."""
+        return tuple(self._moved(n, policy, "all" if i < num_blocks else "") for i, n in enumerate(self.names))
+
+    def one_ahead(self, blocks: Blocks) -> Blocks:
+        """Each block's backward begins with the fetch of what the block before it has moved."""
+        sizes = [0, *(sum(self.moved_sizes(block)) for block in blocks)]
+        return tuple(replace(block, ahead_bytes=size) for block, size in zip(blocks, sizes, strict=False))
+
+    def far_ahead(self, blocks: Blocks, limit: int) -> Blocks:
+        """What was moved comes back as early as the device has room for it."""
+        sizes = {block.name: self.moved_sizes(block) for block in blocks}
+        points = [(point.block, point.peak_bytes) for point in self.profile(blocks).points if point.phase == BACKWARD]
+        for _ in range(_MAX_WINDOWS):
+            ahead = ahead_bytes(points[-self._num_backward(points) :], sizes, limit)
+            opened = tuple(replace(block, ahead_bytes=ahead.get(block.name, 0)) for block in blocks)
+            excess = self.peak(opened) - limit
+            if excess <= 0:
+                return opened
+            limit -= excess
+        return blocks
+
+    def moved_sizes(self, block: BlockPlan) -> list[int]:
+        """Bytes of the storages that one call of a block moves, in the order of need."""
+        found: list[int] = []
+        for tape in self.tapes[block.name]:
+            recipe = self.step.library.recipe(tape, block.policy)
+            sizes = [tape.values[value].num_bytes for value in reversed(recipe.tiers)]
+            if block.input not in ("device", "recompute") and recipe.needs_input:
+                sizes += [v.num_bytes for v in tape.values if v.source == Source(ARGUMENT, 0)]
+            found = max(found, [size for size in sizes if size >= LEAST_BYTES], key=sum)
+        return found
+
+    def in_flight_bytes(self, blocks: Blocks) -> int:
+        """What one block moves may be on its way out while the next one runs."""
+        return max((sum(self.moved_sizes(block)) for block in blocks), default=0) if self.below is not None else 0
+
     def default_segment_length(self) -> int:
         """About the square root of the number of blocks."""
         return max(2, round(math.sqrt(len(self.names))))
@@ -110,8 +181,8 @@ class Candidates:
 
     def from_options(self, options: Sequence[Option]) -> Blocks:
         """The placements that a solution of `chain` stands for."""
-        chosen = {self.names[option.block]: self._policies[option.kind] for option in options}
-        return tuple(self._place(name, chosen[name]) for name in self.names)
+        chosen = {self.names[option.block]: option.kind.partition("+") for option in options}
+        return tuple(self._moved(name, self._policies[kind], way) for name, (kind, _, way) in chosen.items())
 
     @property
     def has_chain(self) -> bool:
@@ -129,7 +200,15 @@ class Candidates:
             between = [kind for kind in self._policies if kind not in ("keep", "recompute")]
             samples = [(self.profile(blocks), kinds) for blocks, kinds in self._samples(between)]
             groups = {name: self.group(name) for name in self.names}
-            self._chain = build_chain(self.recorded, self.profile(self.recompute_all()), self.names, samples, groups)
+            self._chain = build_chain(
+                self.recorded,
+                self.profile(self.recompute_all()),
+                self.names,
+                samples,
+                groups,
+                self._ways,
+                None if self.below is None else self.below.link(self.recorded, self.step),
+            )
         return self._chain
 
     def notes(self) -> Iterator[str]:
@@ -197,6 +276,30 @@ class Candidates:
         """Blocks with equal tapes are in one group."""
         return "+".join(tape.digest for tape in self.tapes[name]) or name
 
+    def _ways(self, name: str, kind: str) -> dict[str, list[int]]:
+        """The ways to move what a block holds under an option, and the bytes of each tensor."""
+        num_calls = self.recorded.blocks[name].num_calls // self.step.accumulation
+        found: dict[str, list[int]] = {}
+        for way in ("input", "all"):
+            block = self._moved(name, self._policies[kind], way)
+            sizes = [] if block.reason or name == self.names[-1] else self.moved_sizes(block) * num_calls
+            if sizes and sizes not in found.values():
+                found[way] = sizes
+        return found
+
+    def _moved(self, name: str, policy: Policy, way: str) -> BlockPlan:
+        """A block with its input below the device, or all that it holds."""
+        if not way or self.below is None or self._reasons.get(name):
+            return self._place(name, policy)
+        tier = self.below.name
+        if way == "all":
+            policy = replace(policy, host=(EVERYTHING,)) if tier == HOST else replace(policy, disk=(EVERYTHING,))
+        return self._place(name, policy, tier)
+
+    def _num_backward(self, points: list[tuple[str | None, int]]) -> int:
+        """Points of the last micro-batch."""
+        return max(1, len(points) // self.step.accumulation)
+
     def _place(self, name: str, policy: Policy, source: Placement = "device") -> BlockPlan:
         reason = self._reasons.get(name, "")
         if reason and not (policy.drops_all and reason != NOT_RECORDED and self._can_rerun(name)):
@@ -213,6 +316,7 @@ class Candidates:
                 kind=block.kind,
                 policy=block.policy,
                 input=block.input,
+                ahead_bytes=block.ahead_bytes,
                 held_bytes=max(0, held[block.name]),
                 recompute_flops=profile.blocks[block.name].recompute_flops,
                 reason=block.reason,

@@ -68,6 +68,12 @@ class Patches:
         return [(t, name, value) for t, name, value in last.values() if getattr(t, name, None) != value]
 
 
+class Inert:
+    """What a copy of a model has in the place of its hooks."""
+
+    def __call__(self, *_: Any, **__: Any) -> None: ...
+
+
 class InstanceForward:
     """The `forward` of one instance, run through its seam. Copies with its module, and does not keep it alive."""
 

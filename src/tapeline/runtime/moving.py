@@ -90,7 +90,7 @@ class MovedCall:
         self.mover, self.block, self.ahead_bytes = mover, block, ahead_bytes
         self._before = None if before is None else weakref.ref(before)
         self._members: list[weakref.ref[Moved]] = []
-        self._hook: Any = None
+        self._has_ended = False
 
     def send(self, tensor: torch.Tensor, tier: str) -> Moved | None:
         """As `Mover.send`, for this call."""
@@ -106,8 +106,15 @@ class MovedCall:
             if moved is not None:
                 yield moved
 
-    def watch(self, out: Any) -> None:
-        """Notice when the backward of the call begins: when the gradient of what it returned is there."""
+    def end(self, out: Any) -> None:
+        """The call is over: what the one before it has sent is given back.
+
+        From here on the backward of this call may begin: when the gradient of what it returned is there.
+        """
+        self._has_ended = True
+        if (before := self.before()) is not None:
+            for moved in before.members():
+                moved.tier.engine.let_go(moved.transfer)
         for tensor in tensor_leaves(out):
             if tensor.grad_fn is not None:
                 tensor.grad_fn.register_prehook(self._on_gradient)
@@ -115,7 +122,7 @@ class MovedCall:
 
     def begin_backward(self) -> None:
         """The backward of this call begins: bring back what earlier calls need, as far as the plan has room for it."""
-        if not self.mover.enter(self):
+        if not self._has_ended or not self.mover.enter(self):
             return
         left = self.ahead_bytes
         at = self.before()

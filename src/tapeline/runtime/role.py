@@ -26,6 +26,8 @@ class Role(NamedTuple):
     """The tier that the input goes to; empty: it stays."""
     ahead_bytes: int = 0
     """What earlier blocks have moved that may be on its way back when the backward of this one begins."""
+    has_moves: bool = False
+    """This block or the one before moves something, or the fetch of something begins with the backward of this one."""
     is_idle: bool = False
     """Nothing is to be done: the block runs as it is."""
 
@@ -42,8 +44,11 @@ def roles(blocks: Sequence[BlockPlan], rules: Rules, records: bool = False) -> I
     feeders = {block.name for block, after in pairwise(blocks) if after.name in droppers}
     tiers = {block.name: block.input for block in blocks if block.input in (HOST, DISK)}
     losers = {block.name for block, after in pairwise(blocks) if after.name in tiers} | feeders
+    movers = {block.name for block in blocks if block.policy.moves} | tiers.keys()
+    movers |= {after.name for block, after in pairwise(blocks) if block.name in movers}
+    movers |= {block.name for block in blocks if block.ahead_bytes}
     for block in blocks:
-        is_touched = block.name in droppers | feeders | tiers.keys() or block.ahead_bytes > 0
+        is_touched = block.name in droppers | feeders | movers
         policy = replace(block.policy, has_output=block.name not in losers)
         yield (
             block.name,
@@ -53,6 +58,7 @@ def roles(blocks: Sequence[BlockPlan], rules: Rules, records: bool = False) -> I
                 feeds_next=block.name in feeders,
                 moves_input=tiers.get(block.name, ""),
                 ahead_bytes=block.ahead_bytes,
+                has_moves=block.name in movers,
                 is_idle=not (records or rules.drop or is_touched or not block.policy.keeps_all),
             ),
         )

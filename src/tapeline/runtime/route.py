@@ -19,14 +19,13 @@ from tapeline.errors import UnsupportedModelError
 from tapeline.ledger import BACKWARD, FORWARD
 from tapeline.planner.placements import placements
 from tapeline.planner.profile import Point, StepProfile
-from tapeline.planner.route import Links, Route
+from tapeline.planner.route import Route
 from tapeline.planner.stage import Stage
 from tapeline.runtime.candidates import Candidates
 from tapeline.tape.graph import Source, Tape
 from tapeline.tape.stage import stage_of
 
 _OPTIMIZER_PASSES = 3
-_LINK_SHARE = 0.9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,18 +53,6 @@ class Workload:
     """What the head and the loss need at their peak."""
     head_forward_bytes: int
     """The same in forward alone."""
-
-
-def links_of(device: Device) -> Links:
-    """The links of a device, a tenth slower than they are: too fast in the plan costs much more than too slow."""
-    return Links(
-        to_host=_LINK_SHARE * device.device_to_host_bandwidth,
-        to_device=_LINK_SHARE * device.host_to_device_bandwidth,
-        both=device.duplex_factor,
-        latency=device.copy_seconds,
-        disk_write=_LINK_SHARE * device.disk_write_bandwidth,
-        disk_read=_LINK_SHARE * device.disk_read_bandwidth,
-    )
 
 
 def workload(candidates: Candidates, device: Device, dtype: str, whole: Whole | None = None) -> Workload:

@@ -14,17 +14,17 @@ from torch import nn
 
 from tapeline.cost.device import available_bytes
 from tapeline.errors import InfeasibleBudgetError, UnsupportedModelError, UsageError
-from tapeline.planner.chain import smallest, solve
-from tapeline.planner.policy import CHEAP, KEEP, LEAST, RECOMPUTE
-from tapeline.planner.schema import Alternative, Plan, parse_mode
+from tapeline.planner.schema import Plan
+from tapeline.runtime.below import Below, below
 from tapeline.runtime.blocks import find_blocks
-from tapeline.runtime.candidates import Blocks, Candidates
+from tapeline.runtime.candidates import Candidates
+from tapeline.runtime.choosing import choose, finished, smallest_peak
 from tapeline.runtime.predict import FakeStep, OptimizerSpec
 from tapeline.runtime.shapes import Shape, named_tensors, shape_of
 from tapeline.runtime.step import LossFn, model_loss
+from tapeline.runtime.wanted import Wanted
 from tapeline.tape.beside import has_outer_state
-from tapeline.tape.rules import Rules
-from tapeline.units import Budget, format_bytes, parse_budget, parse_bytes
+from tapeline.units import Budget, parse_budget
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,8 @@ def plan(
     margin: str | int | None = None,
     reserve: str | int = 0,
     on_infeasible: Literal["error", "warn"] = "error",
+    host_budget: str | int | None = None,
+    disk_budget: str | int | None = None,
 ) -> Plan:
     """Predict the peak of a training step and choose what to recompute. Nothing runs and nothing changes.
 
@@ -63,7 +65,8 @@ def plan(
         mode: ``"auto"``: the fewest recomputed operations that fit the budget. ``"none"``: keep everything.
             ``"cheap"``: drop only what replays without a matrix product or attention. ``"recompute"``: keep each block's
             input and recompute the rest. ``"segments"`` or ``"segments:k"``: keep every k-th block input (k about the
-            square root of the number of blocks). ``"least"``: the smallest peak, whatever it costs.
+            square root of the number of blocks). ``"offload"``: recompute as well, with each block's input on the tier below:
+            the host, or from a CPU the disk. ``"least"``: the smallest peak, whatever it costs.
         blocks: names of the modules to manage, with ``*`` for one part of a name. Default: found by structure.
         keep: what to keep in every block whatever the mode: names of submodules (``"self_attn"``, ``"mlp.act_fn"``), of
             operations (``"softmax"``, ``"mm"``), or ``"matmul"``, ``"attention"``. What they make, and backward
@@ -78,6 +81,9 @@ def plan(
         reserve: bytes on the device that something else holds all the time (an averaged copy of the weights, say); they
             count in every prediction.
         on_infeasible: ``"error"``, or ``"warn"`` to get the plan with the smallest peak instead.
+        host_budget: bytes of host memory that what leaves the device may take. Default: none; in mode ``offload`` as much as it
+            takes. On a CPU there is no such tier: it is the same memory.
+        disk_budget: bytes on the disk that it may take, from a CPU. Default: none.
 
     Returns:
         A frozen `Plan`.
@@ -95,10 +101,7 @@ def plan(
         >>> plan.peak_bytes <= plan.budget_bytes
         True
     """
-    return Search(
-        model,
-        batch,
-        budget,
+    wanted = Wanted(
         mode=mode,
         blocks=blocks,
         keep=keep,
@@ -109,40 +112,32 @@ def plan(
         margin=margin,
         reserve=reserve,
         on_infeasible=on_infeasible,
-    ).plan()
+        host_budget=host_budget,
+        disk_budget=disk_budget,
+    )
+    return Search(model, batch, budget, wanted).plan()
 
 
 class Search:
-    """A model and a budget to make plans for; arguments and errors as in `plan`."""
+    """A model and a budget to make plans for.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        batch: Any,
-        budget: str | int | float | Budget | None = None,
-        *,
-        mode: str | bool = "auto",
-        blocks: Sequence[str] | None = None,
-        keep: Sequence[str] = (),
-        drop: Sequence[str] = (),
-        optimizer: OptimizerSpec = None,
-        loss_fn: LossFn = model_loss,
-        accumulation: int = 1,
-        margin: str | int | None = None,
-        reserve: str | int = 0,
-        on_infeasible: Literal["error", "warn"] = "error",
-    ) -> None:
-        self.name, self.segment_length = parse_mode(mode)
-        if accumulation < 1:
-            raise UsageError(f"accumulation must be at least 1, got {accumulation}.")
-        if on_infeasible not in ("error", "warn"):
-            raise UsageError(f"on_infeasible must be 'error' or 'warn', got {on_infeasible!r}.")
-        self.mode = mode if isinstance(mode, str) else self.name
-        self.on_infeasible = on_infeasible
-        self.wanted = parse_budget(budget) or (Budget(auto=True) if self.name == "auto" else None)
-        if margin is not None and self.wanted is None:
-            raise UsageError(f"margin={margin!r} has no budget to stay below: mode {self.name!r} was given none.")
-        self.margin = margin
+    Args:
+        model: as in `plan`.
+        batch: as in `plan`.
+        budget: as in `plan`.
+        wanted: the other arguments of `plan`.
+
+    Raises:
+        UsageError: as in `plan`.
+    """
+
+    def __init__(self, model: nn.Module, batch: Any, budget: str | int | float | Budget | None, wanted: Wanted) -> None:
+        self.wanted = wanted
+        self.budget = parse_budget(budget) or (Budget(auto=True) if wanted.name == "auto" else None)
+        if wanted.margin is not None and self.budget is None:
+            raise UsageError(
+                f"margin={wanted.margin!r} has no budget to stay below: mode {wanted.name!r} was given none."
+            )
         self.limit: int | None = None
         """What the peak may reach, in bytes; known once there is a plan."""
         self.spare = 0
@@ -150,26 +145,25 @@ class Search:
         self.calls: list[dict[str, tuple[int, ...]]] = []
         """The shapes of the tensors of each call of the model in a micro-batch, by name."""
         self._call_shape: Shape | None = None
-        names = _block_names(model, blocks, self.name)
-        rules = Rules(_names("keep", keep), _names("drop", drop))
+        names = _block_names(model, wanted.blocks, wanted.name)
         self.batch = batch
         self.step = FakeStep(
             model,
             batch,
             names,
-            optimizer=optimizer,
-            loss_fn=loss_fn,
-            accumulation=accumulation,
-            reserve_bytes=parse_bytes(str(reserve)) if reserve else 0,
-            rules=rules,
+            optimizer=wanted.optimizer,
+            loss_fn=wanted.loss_fn,
+            accumulation=wanted.accumulation,
+            reserve_bytes=wanted.reserve_bytes,
+            rules=wanted.rules(),
         )
 
     def plan(self) -> Plan:
         """The plan for the batch that was given."""
         with self._noted_calls():
-            candidates = Candidates(self.step)
+            candidates = Candidates(self.step, self._below())
         self.step.library.rules.check()
-        self.limit, self.spare = _limit(candidates, self.wanted, self.margin)
+        self.limit, self.spare = _limit(candidates, self.budget, self.wanted.margin)
         plan = self._plan(candidates)
         self.step.library.groups = {name: candidates.group(name) for name in candidates.names}
         return plan
@@ -182,7 +176,7 @@ class Search:
             UnsupportedModelError: if the step cannot be run with this batch.
         """
         self.step.batch = batch
-        return self._plan(Candidates(self.step, is_later=True))
+        return self._plan(Candidates(self.step, self._below(), is_later=True))
 
     def obstacle_beside_training(self) -> str | None:
         """Why plans for other shapes cannot be made beside training; ``None`` if they can."""
@@ -227,14 +221,19 @@ class Search:
             handle.remove()
 
     def _plan(self, candidates: Candidates) -> Plan:
+        wanted = self.wanted
         try:
-            chosen = _choose(candidates, self.name, self.segment_length, self.limit)
+            chosen = choose(candidates, wanted.name, wanted.segment_length, self.limit)
         except InfeasibleBudgetError as error:
-            if self.on_infeasible == "error":
+            if wanted.on_infeasible == "error":
                 raise
             warnings.warn(f"{error} Using the plan with the smallest peak.", stacklevel=4)
-            chosen = _smallest(candidates)
-        return replace(_finish(candidates, self.mode, chosen, self.limit), margin_bytes=self.spare)
+            chosen = smallest_peak(candidates)
+        return replace(finished(candidates, wanted.mode_text, chosen, self.limit), margin_bytes=self.spare)
+
+    def _below(self) -> Below | None:
+        """The tier below the device, if the user gave it any room."""
+        return below(self.step.device, self.wanted)
 
 
 def _limit(candidates: Candidates, budget: Budget | None, margin: str | int | None) -> tuple[int | None, int]:
@@ -256,120 +255,6 @@ def _limit(candidates: Candidates, budget: Budget | None, margin: str | int | No
         raise UsageError('margin must be a size or a share of the budget, such as "512MiB" or "5%".')
     kept_free = spare.num_bytes if spare.num_bytes is not None else int((spare.fraction or 0) * limit)
     return limit - kept_free, kept_free
-
-
-def _choose(candidates: Candidates, mode: str, segment_length: int | None, limit: int | None) -> Blocks:
-    if mode == "auto":
-        assert limit is not None, "mode auto has a budget"
-        return _cheapest(candidates, limit)
-    if mode == "segments":
-        blocks = candidates.segments(segment_length or candidates.default_segment_length())
-    elif mode == "least":
-        blocks = _smallest(candidates)
-    else:
-        blocks = candidates.uniform({"none": KEEP, "cheap": CHEAP, "recompute": RECOMPUTE}[mode])
-    if limit is not None and candidates.peak(blocks) > limit:
-        raise _infeasible(candidates, limit, f"mode {mode!r} needs {format_bytes(candidates.peak(blocks))}, ")
-    return blocks
-
-
-def _cheapest(candidates: Candidates, limit: int) -> Blocks:
-    """The placements with the fewest recomputed operations that fit, checked by running them."""
-    if candidates.fits(candidates.keep_all(), limit):
-        return candidates.keep_all()
-    target = limit
-    for _ in range(_MAX_CORRECTIONS):
-        found = solve(candidates.chain(), target)
-        if found is None:
-            break
-        blocks = candidates.from_options(found)
-        excess = candidates.peak(blocks) - limit
-        if excess <= 0:
-            return blocks
-        logger.debug("composed plan is %d bytes above the budget when run: solving again", excess)
-        target -= excess
-    below = (candidates.recompute_all(), candidates.uniform(LEAST), *candidates.all_segments())
-    for blocks in (*below, *candidates.all_segments(LEAST)):
-        if candidates.fits(blocks, limit):
-            return blocks
-    raise _infeasible(candidates, limit)
-
-
-def _smallest(candidates: Candidates) -> Blocks:
-    """The placements with the smallest peak.
-
-    Steps under all of them are run; the first step, which costs another run, only where it could still matter.
-    """
-    tried = [candidates.keep_all(), candidates.recompute_all(), candidates.uniform(LEAST)]
-    tried += candidates.all_segments(LEAST)
-    if candidates.has_chain:
-        tried.append(candidates.from_options(smallest(candidates.chain())))
-    tried.sort(key=lambda blocks: candidates.profile(blocks).peak_bytes)
-    best = tried[0]
-    for blocks in tried[1:]:
-        if candidates.profile(blocks).peak_bytes < candidates.peak(best) > candidates.peak(blocks):
-            best = blocks
-    return best
-
-
-def _infeasible(candidates: Candidates, limit: int, detail: str = "") -> InfeasibleBudgetError:
-    blocks = _smallest(candidates)
-    profile, peak = candidates.profile(blocks), candidates.peak(blocks)
-    parts = ", ".join(f"{kind} {format_bytes(size)}" for kind, size in profile.memory.items() if size)
-    advice = (
-        f'Mode "auto" fits {format_bytes(limit)}.'
-        if peak <= limit
-        else f"Raise the budget to {peak} bytes, or use shorter sequences or a smaller batch."
-    )
-    return InfeasibleBudgetError(
-        f"Does not fit: budget {format_bytes(limit)}, {detail}smallest possible {format_bytes(peak)} ({parts}). {advice}",
-        budget_bytes=limit,
-        smallest_feasible_bytes=peak,
-    )
-
-
-def _finish(candidates: Candidates, mode: str, chosen: Blocks, limit: int | None) -> Plan:
-    """Put a choice and what it costs into a plan."""
-    step, kept, profile = candidates.step, candidates.kept, candidates.profile(chosen)
-    notes = list(candidates.notes())
-    if step.optimizer is None:
-        notes.append("no optimizer was given: its state is not counted")
-    if not candidates.names:
-        notes.append("no blocks were found: nothing is managed")
-    return Plan(
-        mode=mode,
-        device=str(step.device),
-        budget_bytes=limit,
-        peak_bytes=profile.peak_bytes,
-        first_step_peak_bytes=candidates.first_peak(chosen),
-        untouched_peak_bytes=kept.peak_bytes,
-        flops=profile.flops,
-        untouched_flops=kept.flops,
-        memory=profile.memory,
-        untouched_memory=kept.memory,
-        blocks=candidates.described(chosen),
-        alternatives=_alternatives(candidates, mode, chosen, limit),
-        keep=step.library.rules.keep,
-        drop=step.library.rules.drop,
-        notes=tuple(notes),
-    )
-
-
-def _alternatives(candidates: Candidates, mode: str, chosen: Blocks, limit: int | None) -> tuple[Alternative, ...]:
-    named = {"none": candidates.keep_all(), "recompute": candidates.recompute_all()}
-    named[mode if mode in named else f"{mode} (this plan)"] = chosen
-    rows = []
-    for name, blocks in named.items():
-        profile = candidates.profile(blocks)
-        fits = None if limit is None else profile.peak_bytes <= limit
-        rows.append(Alternative(name=name, peak_bytes=profile.peak_bytes, flops=profile.flops, fits=fits))
-    return tuple(rows)
-
-
-def _names(argument: str, names: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(names, str):
-        raise UsageError(f"{argument} must be a list of names, got the string {names!r}: use {argument}=[{names!r}].")
-    return tuple(names)
 
 
 def _block_names(model: nn.Module, blocks: Sequence[str] | None, mode: str) -> list[str]:

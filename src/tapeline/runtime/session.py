@@ -17,12 +17,12 @@ from tapeline.cost.device import nominal_rates
 from tapeline.errors import UsageError, did_you_mean
 from tapeline.planner.schema import BlockPlan, Plan
 from tapeline.runtime.audit import Audit
-from tapeline.runtime.below import ForwardBegins, open_mover
 from tapeline.runtime.install import Patches, install_blocks, managed_module
 from tapeline.runtime.library import Library
 from tapeline.runtime.measure import PeakMeter, make_meter
 from tapeline.runtime.moving import Mover
 from tapeline.runtime.predict import model_device
+from tapeline.runtime.session_tiers import ForwardBegins, open_mover
 from tapeline.runtime.shape_plans import ShapePlans
 from tapeline.runtime.switch import AfterForward, PlanSwitch
 from tapeline.table import text_table

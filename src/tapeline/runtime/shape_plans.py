@@ -51,9 +51,9 @@ class ShapePlans:
     """
 
     def __init__(self, search: Search, base: Plan) -> None:
-        if search.name != "auto":
+        if search.wanted.name != "auto":
             raise UsageError(
-                f"{_PER_SHAPE} only in mode 'auto' with a budget: mode {search.mode!r} does the same for every shape."
+                f"{_PER_SHAPE} only in mode 'auto' with a budget: mode {search.wanted.mode_text!r} does the same for every shape."
             )
         if (obstacle := search.obstacle_beside_training()) is not None:
             raise UsageError(f"{_PER_SHAPE} while training runs, and {obstacle}. Use per_shape=False.")

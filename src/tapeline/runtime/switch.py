@@ -11,17 +11,11 @@ from torch import nn
 
 from tapeline.planner.schema import Plan
 from tapeline.runtime.block import BlockSeam
-from tapeline.runtime.install import place_blocks
+from tapeline.runtime.install import Inert, place_blocks
 from tapeline.runtime.library import Library
 from tapeline.runtime.shape_plans import ShapePlans
 
 _MAX_CALLS = 1024
-
-
-class Inert:
-    """What a copy of a model has in the place of its hooks."""
-
-    def __call__(self, *_: Any, **__: Any) -> None: ...
 
 
 class AfterForward:

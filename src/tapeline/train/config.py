@@ -10,7 +10,7 @@ from typing import Any
 
 from tapeline.errors import UsageError, did_you_mean
 from tapeline.planner.schema import parse_mode
-from tapeline.units import parse_budget
+from tapeline.units import parse_budget, parse_bytes
 
 DEMO = "demo"
 BYTES = "bytes"
@@ -38,10 +38,15 @@ class TrainConfig:
     resume_from_checkpoint: str = _setting("", "A checkpoint directory, or 'last' for the newest complete one.")
 
     budget: str = _setting("auto", "Peak memory: bytes, 22GiB, 60% of the untouched model's predicted peak, or auto.")
-    mode: str = _setting("auto", "auto | none | cheap | recompute | segments | segments:k | least.")
+    mode: str = _setting("auto", "auto | none | cheap | recompute | offload | segments | segments:k | least.")
     per_shape: bool = _setting(
         True, "Mode auto: a plan for each shape of batch, made while training runs; else one for the largest."
     )
+    host_budget: str = _setting(
+        "", "Host memory for what leaves the device: 32GiB. Default: none, but for mode offload."
+    )
+    disk_budget: str = _setting("", "Room on a disk for what leaves the memory of a CPU: 100GiB. Default: none.")
+    offload_dir: str = _setting("", "Folder on that disk; nothing is left in it.")
     margin: str = _setting("", "Stay this far below the budget: 512MiB or 5%. Default: 5% for an automatic budget.")
 
     dtype: str = _setting("auto", "auto (as saved) | float32 | bfloat16 | float16.")
@@ -69,14 +74,11 @@ class TrainConfig:
     save_total_limit: int = _setting(2, "Keep so many checkpoints.")
 
     def __post_init__(self) -> None:
-        parse_budget(self.budget)
         if self.dtype not in DTYPES:
             raise UsageError(
                 f"Unknown dtype {self.dtype!r}{did_you_mean(self.dtype, DTYPES)}: use {', '.join(DTYPES)}."
             )
-        parse_mode(self.mode)
-        if self.margin:
-            parse_budget(self.margin)
+        self._check_memory()
         for name in (
             "max_length",
             "per_device_train_batch_size",
@@ -107,6 +109,16 @@ class TrainConfig:
             raise UsageError(f"eval_fraction must be below 1, got {self.eval_fraction}.")
         if self.load_in_4bit and not self.lora_r:
             raise UsageError("load_in_4bit freezes the model: give adapters to train, for example --lora_r 16.")
+
+    def _check_memory(self) -> None:
+        parse_budget(self.budget)
+        parse_mode(self.mode)
+        parse_budget(self.margin or None)
+        for size in (self.host_budget, self.disk_budget):
+            if size:
+                parse_bytes(size)
+        if self.disk_budget and not self.offload_dir:
+            raise UsageError("disk_budget says how much; say where with offload_dir (a folder that exists).")
 
     def _require(self, name: str, *, minimum: int) -> None:
         if getattr(self, name) < minimum:

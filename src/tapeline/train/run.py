@@ -23,6 +23,7 @@ from tapeline.runtime.predict import FakeStep
 from tapeline.runtime.search import Search
 from tapeline.runtime.session import Report, Session
 from tapeline.runtime.shape_plans import ShapePlans
+from tapeline.runtime.wanted import Wanted
 from tapeline.train.config import BYTES, DEMO, TrainConfig
 from tapeline.train.data import Collator, Record, encode, largest_batch, load_records
 from tapeline.train.demo import byte_tokenizer, demo_model, demo_records
@@ -115,10 +116,14 @@ def _plan_and_run(job: _Job) -> Result:
         job.model,
         micro_batch,
         config.budget,
-        mode=config.mode,
-        margin=config.margin or None,
-        reserve=_LOOP_BYTES,
-        **step_options,
+        Wanted(
+            mode=config.mode,
+            margin=config.margin or None,
+            reserve=_LOOP_BYTES,
+            host_budget=config.host_budget or None,
+            disk_budget=config.disk_budget or None,
+            **step_options,
+        ),
     )
     plan = search.plan()
     observer.planned(plan)
@@ -128,7 +133,7 @@ def _plan_and_run(job: _Job) -> Result:
     make_output_dir(config, output_dir)
     with disk_errors(output_dir):
         shapes = _shape_plans(config, search, plan, observer)
-        with Session(job.model, plan, measure=False, shapes=shapes) as session:
+        with Session(job.model, plan, measure=False, shapes=shapes, offload_dir=config.offload_dir or None) as session:
             result = _run(job, trainer, session, predictor)
         if result.status == "done":
             _save(job, trainer, result)
@@ -145,7 +150,7 @@ def _plan_and_run(job: _Job) -> Result:
 
 def _shape_plans(config: TrainConfig, search: Search, plan: Plan, observer: Observer) -> ShapePlans | None:
     """Plans for other shapes than the largest, where there is something to choose for each."""
-    if not config.per_shape or search.name != "auto" or plan.keeps_all:
+    if not config.per_shape or search.wanted.name != "auto" or plan.keeps_all:
         return None
     if (obstacle := search.obstacle_beside_training()) is not None:
         observer.said(f"One plan for all shapes of batches: {obstacle}.")

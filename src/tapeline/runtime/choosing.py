@@ -1,0 +1,173 @@
+"""Which placements of the blocks a mode stands for, and the cheapest or the smallest of them; each answer has been run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+from tapeline.errors import InfeasibleBudgetError
+from tapeline.planner.chain import smallest, solve
+from tapeline.planner.policy import CHEAP, KEEP, LEAST, RECOMPUTE
+from tapeline.planner.schema import Alternative, Plan
+from tapeline.runtime.candidates import Blocks, Candidates
+from tapeline.units import format_bytes
+
+logger = logging.getLogger(__name__)
+
+_MAX_CORRECTIONS = 6
+
+
+def choose(candidates: Candidates, mode: str, segment_length: int | None, limit: int | None) -> Blocks:
+    """The placements of a mode.
+
+    Args:
+        candidates: the step.
+        mode: its name.
+        segment_length: of mode ``segments``; ``None``: its default.
+        limit: what the peak may reach; mode ``auto`` has one.
+
+    Raises:
+        InfeasibleBudgetError: if they need more than `limit`, or than the tier below has room for.
+    """
+    blocks = _of_mode(candidates, mode, segment_length, limit)
+    if any(candidates.moved_sizes(block) for block in blocks):
+        blocks = candidates.one_ahead(blocks) if limit is None else candidates.far_ahead(blocks, limit)
+    if limit is not None and candidates.peak(blocks) > limit:
+        raise _infeasible(candidates, limit, f"mode {mode!r} needs {format_bytes(candidates.peak(blocks))}, ")
+    return blocks
+
+
+def _of_mode(candidates: Candidates, mode: str, segment_length: int | None, limit: int | None) -> Blocks:
+    if mode == "auto":
+        assert limit is not None, "mode auto has a budget"
+        return _cheapest(candidates, limit)
+    if mode == "segments":
+        return candidates.segments(segment_length or candidates.default_segment_length())
+    if mode == "offload":
+        return candidates.offloaded()
+    if mode == "cheap" and limit is not None and candidates.below is not None:
+        return _cheap(candidates, limit)
+    if mode == "least":
+        return smallest_peak(candidates)
+    return candidates.uniform({"none": KEEP, "cheap": CHEAP, "recompute": RECOMPUTE}[mode])
+
+
+def _cheap(candidates: Candidates, limit: int) -> Blocks:
+    """What replays for nothing is dropped, and of the rest as much as must be is moved, that of the first blocks first."""
+    few, many = 0, len(candidates.names) - 1
+    if candidates.fits(candidates.moving(CHEAP, 0), limit):
+        return candidates.moving(CHEAP, 0)
+    while many - few > 1:
+        middle = (few + many) // 2
+        if candidates.profile(candidates.moving(CHEAP, middle)).peak_bytes <= limit:
+            many = middle
+        else:
+            few = middle
+    return candidates.moving(CHEAP, many)
+
+
+def _cheapest(candidates: Candidates, limit: int) -> Blocks:
+    """The placements with the fewest recomputed operations that fit, checked by running them."""
+    if candidates.fits(candidates.keep_all(), limit):
+        return candidates.keep_all()
+    target = limit
+    for _ in range(_MAX_CORRECTIONS):
+        found = solve(candidates.chain(), target)
+        if found is None:
+            break
+        blocks = candidates.from_options(found)
+        excess = candidates.peak(blocks) - limit
+        if excess <= 0 and candidates.has_room(blocks):
+            return blocks
+        logger.debug("composed plan is %d bytes above the budget when run: solving again", excess)
+        target -= max(1, excess)
+    below = (candidates.recompute_all(), candidates.uniform(LEAST), *candidates.all_segments())
+    for blocks in (*below, *candidates.all_segments(LEAST), *_moved(candidates)):
+        if candidates.fits(blocks, limit):
+            return blocks
+    raise _infeasible(candidates, limit)
+
+
+def _moved(candidates: Candidates) -> Iterator[Blocks]:
+    """Recomputing everything from inputs below the device."""
+    if candidates.below is not None:
+        yield candidates.offloaded()
+        yield candidates.offloaded(LEAST)
+
+
+def smallest_peak(candidates: Candidates) -> Blocks:
+    """The placements with the smallest peak.
+
+    Steps under all of them are run; the first step, which costs another run, only where it could still matter.
+    """
+    tried = [candidates.keep_all(), candidates.recompute_all(), candidates.uniform(LEAST)]
+    tried += candidates.all_segments(LEAST)
+    tried += [blocks for blocks in _moved(candidates) if candidates.has_room(blocks)]
+    if candidates.has_chain:
+        tried.append(candidates.from_options(smallest(candidates.chain())))
+    tried.sort(key=lambda blocks: candidates.profile(blocks).peak_bytes)
+    best = tried[0]
+    for blocks in tried[1:]:
+        if candidates.profile(blocks).peak_bytes < candidates.peak(best) > candidates.peak(blocks):
+            best = blocks
+    return best
+
+
+def _infeasible(candidates: Candidates, limit: int, detail: str = "") -> InfeasibleBudgetError:
+    blocks = smallest_peak(candidates)
+    profile, peak = candidates.profile(blocks), candidates.peak(blocks)
+    parts = ", ".join(f"{kind} {format_bytes(size)}" for kind, size in profile.memory.items() if size)
+    advice = (
+        f'Mode "auto" fits {format_bytes(limit)}.'
+        if peak <= limit
+        else f"Raise the budget to {peak} bytes, or use shorter sequences or a smaller batch."
+    )
+    return InfeasibleBudgetError(
+        f"Does not fit: budget {format_bytes(limit)}, {detail}smallest possible {format_bytes(peak)} ({parts}). {advice}",
+        budget_bytes=limit,
+        smallest_feasible_bytes=peak,
+    )
+
+
+def finished(candidates: Candidates, mode: str, chosen: Blocks, limit: int | None) -> Plan:
+    """Put a choice and what it costs into a plan."""
+    step, kept, profile = candidates.step, candidates.kept, candidates.profile(chosen)
+    notes = list(candidates.notes())
+    if candidates.below is not None and not profile.moved_bytes:
+        notes.append(f"nothing is moved to the {candidates.below.name}: the budget is kept without")
+    if step.optimizer is None:
+        notes.append("no optimizer was given: its state is not counted")
+    if not candidates.names:
+        notes.append("no blocks were found: nothing is managed")
+    return Plan(
+        mode=mode,
+        device=str(step.device),
+        budget_bytes=limit,
+        peak_bytes=profile.peak_bytes,
+        first_step_peak_bytes=candidates.first_peak(chosen),
+        untouched_peak_bytes=kept.peak_bytes,
+        flops=profile.flops,
+        untouched_flops=kept.flops,
+        memory=profile.memory,
+        untouched_memory=kept.memory,
+        blocks=candidates.described(chosen),
+        alternatives=_alternatives(candidates, mode, chosen, limit),
+        keep=step.library.rules.keep,
+        drop=step.library.rules.drop,
+        notes=tuple(notes),
+        moved_bytes=sum(profile.moved_bytes.values()),
+        in_flight_bytes=candidates.in_flight_bytes(chosen),
+        host_bytes=candidates.room_bytes(chosen) if "host" in profile.moved_bytes else 0,
+        disk_bytes=candidates.room_bytes(chosen) if "disk" in profile.moved_bytes else 0,
+    )
+
+
+def _alternatives(candidates: Candidates, mode: str, chosen: Blocks, limit: int | None) -> tuple[Alternative, ...]:
+    named = {"none": candidates.keep_all(), "recompute": candidates.recompute_all()}
+    named[mode if mode in named else f"{mode} (this plan)"] = chosen
+    rows = []
+    for name, blocks in named.items():
+        profile = candidates.profile(blocks)
+        fits = None if limit is None else profile.peak_bytes <= limit
+        rows.append(Alternative(name=name, peak_bytes=profile.peak_bytes, flops=profile.flops, fits=fits))
+    return tuple(rows)
