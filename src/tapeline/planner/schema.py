@@ -96,7 +96,7 @@ class Plan:
     disk_bytes: int = 0
     """Room on the disk for what is moved there."""
     moved_bytes: int = 0
-    """Bytes that leave the device in a step; the same come back."""
+    """Bytes that leave the device in one forward of the model; backward brings them back."""
     in_flight_bytes: int = 0
     """Of them, what may still be on the device while it is copied, for each tier; compute waits rather than exceed it."""
     margin_bytes: int = 0

@@ -155,7 +155,7 @@ def finished(candidates: Candidates, mode: str, chosen: Blocks, limit: int | Non
         keep=step.library.rules.keep,
         drop=step.library.rules.drop,
         notes=tuple(notes),
-        moved_bytes=sum(profile.moved_bytes.values()),
+        moved_bytes=sum(profile.moved_bytes.values()) // step.accumulation,
         in_flight_bytes=candidates.in_flight_bytes(chosen),
         host_bytes=candidates.room_bytes(chosen) if "host" in profile.moved_bytes else 0,
         disk_bytes=candidates.room_bytes(chosen) if "disk" in profile.moved_bytes else 0,

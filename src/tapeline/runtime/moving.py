@@ -167,13 +167,19 @@ class Mover:
         self.begin_forward()
 
     def begin_forward(self) -> None:
-        """A forward of the model begins: look again at which storages are those of its weights."""
+        """A training forward of the model begins: look again at which storages are those of its weights."""
         self._owned = {
             storage_key(tensor)
             for held in (*self.model.parameters(), *self.model.buffers())
             for tensor in (held, *(part for _, part in attached(held)))
         }
         self._known = {key: known for key, known in self._known.items() if known[1]() is not None}
+        self._before = {name: (tier.engine.bytes_out, tier.engine.bytes_back) for name, tier in self.tiers.items()}
+
+    def since_forward(self, name: str) -> tuple[int, int]:
+        """Bytes that left the device for a tier, and came back, since the last training forward began."""
+        (out, back), engine = self._before[name], self.tiers[name].engine
+        return engine.bytes_out - out, engine.bytes_back - back
 
     def call(self, block: str, ahead_bytes: int) -> MovedCall:
         """A call of a block begins."""

@@ -25,6 +25,7 @@ from tapeline.runtime.predict import model_device
 from tapeline.runtime.session_tiers import ForwardBegins, open_mover
 from tapeline.runtime.shape_plans import ShapePlans
 from tapeline.runtime.switch import AfterForward, PlanSwitch
+from tapeline.runtime.tier_report import TierReport, tier_reports
 from tapeline.table import text_table
 from tapeline.tape.rules import Rules
 from tapeline.units import format_bytes, format_deviation
@@ -66,6 +67,8 @@ class Report:
     """What was found to replay differently, and is kept."""
     notes: tuple[str, ...]
     """Settings that did not take effect, and why."""
+    tiers: tuple[TierReport, ...] = ()
+    """What was moved, by tier."""
 
     @property
     def deviation(self) -> float | None:
@@ -105,6 +108,7 @@ class Report:
         rows.append(("recorded", str(self.recorded_calls)))
         rows.append(("run again as a whole", str(self.rerun_calls)))
         rows.append(("audited", str(self.audited_calls)))
+        rows += [row for tier in self.tiers for row in tier.rows()]
         table = text_table((f"session {self.mode!r} on {self.device}", "bytes"), rows)
         kept = [f"kept instead: {what}" for what in self.kept_instead]
         return "\n".join([table, *kept, *(f"note: {note}" for note in self.notes)])
@@ -266,6 +270,7 @@ class Session:
             audited_calls=self._audit.num_audits,
             kept_instead=tuple(dict.fromkeys(what for found in self._library.failures.values() for what in found)),
             notes=(*self._notes, *self._ineffective()),
+            tiers=tier_reports(self._mover, self.plan.moved_bytes),
         )
 
     def remove(self) -> None:
@@ -280,6 +285,8 @@ class Session:
 
     def _ineffective(self) -> list[str]:
         notes = self._switch.notes()
+        if self._mover is not None:
+            notes += [f"stayed on the device: {count} tensors, {why}" for why, count in self._mover.stayed.items()]
         if replaced := self._patches.replaced():
             notes.append(
                 f"someone else has set {', '.join(sorted(set(replaced)))} since: those blocks do not follow the plan"

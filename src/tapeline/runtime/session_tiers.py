@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from tapeline.errors import UsageError
@@ -42,13 +43,14 @@ def open_mover(model: nn.Module, plan: Plan, offload_dir: Path | str | None) -> 
 
 
 class ForwardBegins:
-    """A forward pre-hook of the model: its weights may have other storages than before."""
+    """A forward pre-hook of the model: in training, its weights may have other storages than before."""
 
     def __init__(self, mover: Mover) -> None:
         self._mover = mover
 
-    def __call__(self, *_: Any) -> None:
-        self._mover.begin_forward()
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        if module.training and torch.is_grad_enabled():
+            self._mover.begin_forward()
 
     def __reduce__(self) -> tuple[type[Inert], tuple[()]]:
         return Inert, ()  # a copied model belongs to no session

@@ -45,6 +45,15 @@ class Geometry:
         """Look at the storage of `tensor`, which has the same dtype, in this way."""
         return tensor.as_strided(self.shape, self.stride, self.offset)
 
+    def is_dense(self, num_bytes: int) -> bool:
+        """Whether a tensor that looks so covers a storage of `num_bytes`, each element once: a clone has the same layout."""
+        expected = 1
+        for stride, size in sorted(zip(self.stride, self.shape, strict=True)):
+            if size != 1 and stride != expected:
+                return False
+            expected *= size
+        return expected * self.dtype.itemsize == num_bytes
+
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
 

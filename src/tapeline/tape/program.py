@@ -302,7 +302,7 @@ class _Compiler:
         if value in self.owned and not is_needed_later:
             return register
         base = self.tape.values[value].base
-        if base.offset or not _is_dense(base, self.tape.values[value].num_bytes):
+        if base.offset or not base.is_dense(self.tape.values[value].num_bytes):
             raise NotReplayable(op.index)
         copied = self._fresh()
         self.calls.append(_Line(torch.ops.aten.clone.default._op, [Register(register)], {}, copied, None))
@@ -394,13 +394,3 @@ def _returns_list(func: Any) -> bool:
         or "[]" in str(schema.returns[0])
         or "List" in str(schema.returns[0].type)
     )
-
-
-def _is_dense(base: Geometry, num_bytes: int) -> bool:
-    """Whether the tensor covers its storage, each element once, so that a clone has the same layout."""
-    expected = 1
-    for stride, size in sorted(zip(base.stride, base.shape, strict=True)):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return expected * base.dtype.itemsize == num_bytes
