@@ -163,7 +163,7 @@ class Mover:
         self._owned: set[int] = set()
         self._last: dict[int, weakref.ref[MovedCall]] = {}
         self._entered: weakref.ref[MovedCall] | None = None
-        self._known: dict[int, tuple[int, weakref.ref[Moved]]] = {}
+        self._known: dict[int, tuple[weakref.ref[Any], int, weakref.ref[Moved]]] = {}
         self.begin_forward()
 
     def begin_forward(self) -> None:
@@ -173,7 +173,7 @@ class Mover:
             for held in (*self.model.parameters(), *self.model.buffers())
             for tensor in (held, *(part for _, part in attached(held)))
         }
-        self._known = {key: known for key, known in self._known.items() if known[1]() is not None}
+        self._known = {key: known for key, known in self._known.items() if known[2]() is not None}
         self._before = {name: (tier.engine.bytes_out, tier.engine.bytes_back) for name, tier in self.tiers.items()}
 
     def since_forward(self, name: str) -> tuple[int, int]:
@@ -204,12 +204,10 @@ class Mover:
         tier = self.tiers.get(name)
         if tier is None or not self._can_move(tensor, tier):
             return None
-        key = storage_key(tensor)
-        version, ref = self._known.get(key, (-1, None))
-        known = ref() if ref is not None else None
-        if known is not None and version == tensor._version and known.transfer.source is not None:
+        storage = tensor.untyped_storage()
+        if (known := self._find(storage, tensor._version)) is not None:
             return known if known.tier is tier and known.geometry.dtype == tensor.dtype else None
-        num_bytes = tensor.untyped_storage().nbytes()
+        num_bytes = storage.nbytes()
         original = tensor.detach()
         with torch.no_grad():
             flat = original.as_strided((num_bytes // tensor.element_size(),), (1,), 0).view(torch.uint8)
@@ -218,8 +216,15 @@ class Mover:
             self.stayed[f"the {name} has no room for it"] += 1
             return None
         moved = Moved(self, tier, call, tensor, transfer)
-        self._known[key] = tensor._version, weakref.ref(moved)
+        self._known[storage._cdata] = weakref.ref(storage), tensor._version, weakref.ref(moved)
         return moved
+
+    def _find(self, storage: torch.UntypedStorage, version: int) -> Moved | None:
+        """What stands for a storage with this content already; an address may be another storage's by now."""
+        ref, known_version, moved = self._known.get(storage._cdata, (None, -1, None))
+        if ref is None or moved is None or ref() is not storage or known_version != version:
+            return None
+        return moved()
 
     def enter(self, call: MovedCall) -> bool:
         """The backward of a call begins, unless it has; that of another one is over."""
