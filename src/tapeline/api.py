@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from tapeline.errors import FullTierError
 from tapeline.integrations.forecast import forecast
 from tapeline.runtime.checkpoint import checkpoint
 from tapeline.runtime.doctor import diagnose
 from tapeline.runtime.explain import explain
 from tapeline.runtime.search import Search, plan
 from tapeline.runtime.session import Report, Session, apply
+from tapeline.runtime.session_tiers import less_room
 from tapeline.runtime.shape_plans import ShapePlans
 from tapeline.runtime.wanted import Wanted
 from tapeline.units import Budget
@@ -31,6 +33,7 @@ def fit(
     strict: bool = False,
     per_shape: bool = False,
     offload_dir: Path | str | None = None,
+    on_full_tier: Literal["error", "replan"] = "error",
     **options: Any,
 ) -> Session:
     """Plan for `batch` under `budget` and put the plan in force at once.
@@ -45,6 +48,8 @@ def fit(
         per_shape: make a plan for each shape of batch, for all that are up to a fifth smaller. The plan of a shape that
             was not seen before is made in another thread while the plan for the next larger shape serves. Mode ``auto`` only.
         offload_dir: folder for what a plan with a ``disk_budget`` moves to the disk.
+        on_full_tier: what to do if the host or the disk has not the room that the plan needs: ``"error"``, or ``"replan"`` with
+            less of it, as often as it takes.
         **options: the other arguments of `plan`.
 
     Returns:
@@ -61,16 +66,23 @@ def fit(
     """
     optimizer = options.get("optimizer")
     known = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
-    search = Search(model, batch, budget, Wanted(**options))
-    made = search.plan()
-    shapes = ShapePlans(search, made) if per_shape else None
-    return Session(
-        model,
-        made,
-        measure=measure,
-        optimizer=known,
-        audit_every=audit_every,
-        strict=strict,
-        shapes=shapes,
-        offload_dir=offload_dir,
-    )
+    wanted = Wanted(on_full_tier=on_full_tier, **options)
+    while True:
+        search = Search(model, batch, budget, wanted)
+        made = search.plan()
+        shapes = ShapePlans(search, made) if per_shape else None
+        try:
+            return Session(
+                model,
+                made,
+                measure=measure,
+                optimizer=known,
+                audit_every=audit_every,
+                strict=strict,
+                shapes=shapes,
+                offload_dir=offload_dir,
+            )
+        except FullTierError as error:
+            if shapes is not None:
+                shapes.stop()
+            wanted = less_room(wanted, made, error)

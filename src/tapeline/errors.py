@@ -61,6 +61,10 @@ class TierError(TapelineError, RuntimeError):
     exit_code = 5
 
 
+class FullTierError(TierError):
+    """The host or the disk has not as much room as the plan needs; nothing has been computed yet."""
+
+
 class UnsupportedModelError(TapelineError):
     """The model cannot be planned: no blocks, no loss, or a forward that depends on data."""
 

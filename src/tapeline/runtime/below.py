@@ -30,6 +30,8 @@ class Below:
     back_bandwidth: float
     copy_seconds: float
     """Seconds that starting a copy takes."""
+    in_flight_bytes: int | None = None
+    """What may be on its way out at once; ``None``: as much as one block moves."""
 
     def link(self, profile: StepProfile, step: FakeStep) -> Link:
         """The tier as the choice of placements sees it, for one micro-batch."""

@@ -166,7 +166,9 @@ class Candidates:
 
     def in_flight_bytes(self, blocks: Blocks) -> int:
         """What one block moves may be on its way out while the next one runs."""
-        return max((sum(self.moved_sizes(block)) for block in blocks), default=0) if self.below is not None else 0
+        if self.below is None or self.below.in_flight_bytes is not None:
+            return 0 if self.below is None else self.below.in_flight_bytes or 0
+        return max((sum(self.moved_sizes(block)) for block in blocks), default=0)
 
     def default_segment_length(self) -> int:
         """About the square root of the number of blocks."""

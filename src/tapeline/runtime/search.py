@@ -145,6 +145,7 @@ class Search:
         self.calls: list[dict[str, tuple[int, ...]]] = []
         """The shapes of the tensors of each call of the model in a micro-batch, by name."""
         self._call_shape: Shape | None = None
+        self._below: Below | None = None
         names = _block_names(model, wanted.blocks, wanted.name)
         self.batch = batch
         self.step = FakeStep(
@@ -161,10 +162,11 @@ class Search:
     def plan(self) -> Plan:
         """The plan for the batch that was given."""
         with self._noted_calls():
-            candidates = Candidates(self.step, self._below())
+            candidates = Candidates(self.step, below(self.step.device, self.wanted))
         self.step.library.rules.check()
         self.limit, self.spare = _limit(candidates, self.budget, self.wanted.margin)
         plan = self._plan(candidates)
+        self._below = _opened(candidates.below, plan)
         self.step.library.groups = {name: candidates.group(name) for name in candidates.names}
         return plan
 
@@ -176,7 +178,7 @@ class Search:
             UnsupportedModelError: if the step cannot be run with this batch.
         """
         self.step.batch = batch
-        return self._plan(Candidates(self.step, self._below(), is_later=True))
+        return self._plan(Candidates(self.step, self._below, is_later=True))
 
     def obstacle_beside_training(self) -> str | None:
         """Why plans for other shapes cannot be made beside training; ``None`` if they can."""
@@ -231,10 +233,6 @@ class Search:
             chosen = smallest_peak(candidates)
         return replace(finished(candidates, wanted.mode_text, chosen, self.limit), margin_bytes=self.spare)
 
-    def _below(self) -> Below | None:
-        """The tier below the device, if the user gave it any room."""
-        return below(self.step.device, self.wanted)
-
 
 def _limit(candidates: Candidates, budget: Budget | None, margin: str | int | None) -> tuple[int | None, int]:
     """The budget in bytes, less the margin; and the margin."""
@@ -255,6 +253,12 @@ def _limit(candidates: Candidates, budget: Budget | None, margin: str | int | No
         raise UsageError('margin must be a size or a share of the budget, such as "512MiB" or "5%".')
     kept_free = spare.num_bytes if spare.num_bytes is not None else int((spare.fraction or 0) * limit)
     return limit - kept_free, kept_free
+
+
+def _opened(tier: Below | None, plan: Plan) -> Below | None:
+    """The tier as a session with this plan opens it, for the plans of other shapes."""
+    room = plan.host_bytes or plan.disk_bytes
+    return replace(tier, room_bytes=room, in_flight_bytes=plan.in_flight_bytes) if tier and room else None
 
 
 def _block_names(model: nn.Module, blocks: Sequence[str] | None, mode: str) -> list[str]:

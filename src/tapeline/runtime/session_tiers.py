@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from tapeline.errors import UsageError
+from tapeline.errors import FullTierError, UsageError
 from tapeline.planner.schema import Plan
 from tapeline.runtime.install import Inert
-from tapeline.runtime.moving import Mover
+from tapeline.runtime.moving import LEAST_BYTES, Mover
 from tapeline.runtime.predict import model_device
 from tapeline.runtime.tiers.opening import open_disk, open_host
 from tapeline.runtime.tiers.tier import Tier
+from tapeline.runtime.wanted import Wanted
+from tapeline.units import format_bytes
 
 
 def open_mover(model: nn.Module, plan: Plan, offload_dir: Path | str | None) -> Mover | None:
@@ -40,6 +44,19 @@ def open_mover(model: nn.Module, plan: Plan, offload_dir: Path | str | None) -> 
                 tier.engine.close()
         raise
     return Mover({tier.name: tier for tier in tiers}, model) if tiers else None
+
+
+def less_room(wanted: Wanted, plan: Plan, error: FullTierError) -> Wanted:
+    """The same wish with half of the room that the plan wanted and did not get.
+
+    Raises:
+        FullTierError: if the user wants to be told instead, or there is next to nothing left to halve.
+    """
+    room = max(plan.host_bytes, plan.disk_bytes) // 2
+    if wanted.on_full_tier == "error" or room < LEAST_BYTES:
+        raise error
+    warnings.warn(f"{error} Planning again with {format_bytes(room)}.", stacklevel=4)
+    return replace(wanted, host_budget=room) if plan.host_bytes else replace(wanted, disk_budget=room)
 
 
 class ForwardBegins:

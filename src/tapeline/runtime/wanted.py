@@ -34,6 +34,7 @@ class Wanted:
     on_infeasible: Literal["error", "warn"] = "error"
     host_budget: str | int | None = None
     disk_budget: str | int | None = None
+    on_full_tier: Literal["error", "replan"] = "error"
 
     def __post_init__(self) -> None:
         parse_mode(self.mode)
@@ -41,6 +42,8 @@ class Wanted:
             raise UsageError(f"accumulation must be at least 1, got {self.accumulation}.")
         if self.on_infeasible not in ("error", "warn"):
             raise UsageError(f"on_infeasible must be 'error' or 'warn', got {self.on_infeasible!r}.")
+        if self.on_full_tier not in ("error", "replan"):
+            raise UsageError(f"on_full_tier must be 'error' or 'replan', got {self.on_full_tier!r}.")
         for argument in ("keep", "drop"):
             if isinstance(names := getattr(self, argument), str):
                 raise UsageError(

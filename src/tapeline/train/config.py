@@ -47,6 +47,7 @@ class TrainConfig:
     )
     disk_budget: str = _setting("", "Room on a disk for what leaves the memory of a CPU: 100GiB. Default: none.")
     offload_dir: str = _setting("", "Folder on that disk; nothing is left in it.")
+    on_full_tier: str = _setting("error", "If there is not that much room: error | replan (with less of it).")
     margin: str = _setting("", "Stay this far below the budget: 512MiB or 5%. Default: 5% for an automatic budget.")
 
     dtype: str = _setting("auto", "auto (as saved) | float32 | bfloat16 | float16.")

@@ -138,7 +138,10 @@ class TrainingLoop:
         if not self._is_reported(step):
             return
         profile = self.predictor.run(
-            self.session.plan.blocks, micro_batches=micro_batches, placements=self.session.placements
+            self.session.plan.blocks,
+            micro_batches=micro_batches,
+            placements=self.session.placements,
+            in_flight_bytes=self.session.plan.in_flight_bytes,
         )
         predicted = self.predictor.first_step_peak(profile) if step == 1 else profile.peak_bytes
         measurement = Measurement(

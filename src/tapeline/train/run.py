@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tapeline.errors import BudgetExceededError, TapelineError, UsageError
+from tapeline.errors import BudgetExceededError, FullTierError, TapelineError, UsageError
 from tapeline.integrations.transformers import (
     load_model,
     load_tokenizer,
@@ -22,6 +22,7 @@ from tapeline.planner.schema import Plan
 from tapeline.runtime.predict import FakeStep
 from tapeline.runtime.search import Search
 from tapeline.runtime.session import Report, Session
+from tapeline.runtime.session_tiers import less_room
 from tapeline.runtime.shape_plans import ShapePlans
 from tapeline.runtime.wanted import Wanted
 from tapeline.train.config import BYTES, DEMO, TrainConfig
@@ -101,40 +102,29 @@ def train(config: TrainConfig, observer: Observer) -> Result:
 
 
 def _plan_and_run(job: _Job) -> Result:
-    config, observer, output_dir = job.config, job.observer, job.output_dir
+    config, output_dir = job.config, job.output_dir
     trainer = _make_trainer(job)
     trainer.create_optimizer()
     micro_batch = job.collator(largest_batch(job.train_data, config.per_device_train_batch_size))
     micro_batch = {name: tensor.to(trainer.args.device) for name, tensor in micro_batch.items()}
-    step_options: dict[str, Any] = {
-        "optimizer": trainer.optimizer,
-        "loss_fn": trainer_loss,
-        "accumulation": config.gradient_accumulation_steps,
-    }
     job.model.train()
-    search = Search(
-        job.model,
-        micro_batch,
-        config.budget,
-        Wanted(
-            mode=config.mode,
-            margin=config.margin or None,
-            reserve=_LOOP_BYTES,
-            host_budget=config.host_budget or None,
-            disk_budget=config.disk_budget or None,
-            **step_options,
-        ),
+    wanted = Wanted(
+        mode=config.mode,
+        margin=config.margin or None,
+        reserve=_LOOP_BYTES,
+        host_budget=config.host_budget or None,
+        disk_budget=config.disk_budget or None,
+        on_full_tier=config.on_full_tier,  # type: ignore[arg-type]  # checked at run time, as every setting
+        optimizer=trainer.optimizer,
+        loss_fn=trainer_loss,
+        accumulation=config.gradient_accumulation_steps,
     )
-    plan = search.plan()
-    observer.planned(plan)
-    predictor = FakeStep(
-        job.model, micro_batch, [block.name for block in plan.blocks], reserve_bytes=_LOOP_BYTES, **step_options
-    )
-    make_output_dir(config, output_dir)
+    session, predictor = _session(job, micro_batch, wanted)
+    plan = session.plan
+    with disk_errors(output_dir), session:
+        make_output_dir(config, output_dir)
+        result = _run(job, trainer, session, predictor)
     with disk_errors(output_dir):
-        shapes = _shape_plans(config, search, plan, observer)
-        with Session(job.model, plan, measure=False, shapes=shapes, offload_dir=config.offload_dir or None) as session:
-            result = _run(job, trainer, session, predictor)
         if result.status == "done":
             _save(job, trainer, result)
     if result.status == "done" and job.eval_data:
@@ -146,6 +136,30 @@ def _plan_and_run(job: _Job) -> Result:
             f"{config.output_dir}. Train with a --margin, and please report the model and its configuration."
         )
     return result
+
+
+def _session(job: _Job, micro_batch: Any, wanted: Wanted) -> tuple[Session, FakeStep]:
+    """A plan in force on the model, and what predicts for other batches; with less room below the device where there is not as much as it needs."""
+    config, observer = job.config, job.observer
+    while True:
+        search = Search(job.model, micro_batch, config.budget, wanted)
+        plan = search.plan()
+        observer.planned(plan)
+        shapes = _shape_plans(config, search, plan, observer)
+        predictor = FakeStep(
+            job.model,
+            micro_batch,
+            [block.name for block in plan.blocks],
+            reserve_bytes=_LOOP_BYTES,
+            optimizer=wanted.optimizer,
+            loss_fn=wanted.loss_fn,
+            accumulation=wanted.accumulation,
+        )
+        offload_dir = config.offload_dir or None
+        try:
+            return Session(job.model, plan, measure=False, shapes=shapes, offload_dir=offload_dir), predictor
+        except FullTierError as error:
+            wanted = less_room(wanted, plan, error)
 
 
 def _shape_plans(config: TrainConfig, search: Search, plan: Plan, observer: Observer) -> ShapePlans | None:

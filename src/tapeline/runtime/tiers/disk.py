@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from tapeline.errors import TierError
+from tapeline.errors import FullTierError, TierError
 from tapeline.runtime.tiers.regions import Regions
 from tapeline.runtime.tiers.streams import Event, Machine, Stream
 from tapeline.units import format_bytes
@@ -89,11 +89,20 @@ class DiskFile:
                 if self.has_checksums:
                     checksum = zlib.crc32(piece[:size], checksum)
             start += size
+        if not self.is_direct:
+            self._forget(offset, tensor.nbytes, is_write=is_write)
         if is_write:
             self.bytes_written += tensor.nbytes
         else:
             self.bytes_read += tensor.nbytes
         return checksum
+
+    def _forget(self, offset: int, size: int, *, is_write: bool) -> None:
+        """Where the page cache is in between, let it keep nothing: it would be the memory that the disk is to save."""
+        if hasattr(os, "posix_fadvise"):
+            if is_write:
+                os.fdatasync(self._file)
+            os.posix_fadvise(self._file, offset, size, os.POSIX_FADV_DONTNEED)
 
     def _all(self, call: object, piece: memoryview, offset: int, size: int) -> None:
         """One call, or several where the system does less than was asked."""
@@ -134,7 +143,7 @@ class DiskFile:
 
     def _failure(self, what: str, error: OSError) -> TierError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return TierError(
+            return FullTierError(
                 f"The disk of {self.folder} has no room for {format_bytes(self.num_bytes)}: make room, name another offload_dir, or "
                 "a smaller disk_budget."
             )

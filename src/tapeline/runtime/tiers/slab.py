@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tapeline.errors import TierError
+from tapeline.errors import FullTierError
 from tapeline.runtime.tiers.regions import Regions
 from tapeline.runtime.tiers.streams import Event, Machine, Stream
 from tapeline.units import format_bytes
@@ -39,7 +39,7 @@ class HostSlab:
         try:
             self.buffer: torch.Tensor | None = torch.empty(self.num_bytes, dtype=torch.uint8)
         except RuntimeError as error:
-            raise TierError(
+            raise FullTierError(
                 f"The host has no {format_bytes(num_bytes)} for what leaves the device: name a smaller host_budget."
             ) from error
         self._runtime: Any = None
