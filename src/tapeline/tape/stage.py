@@ -14,7 +14,7 @@ from tapeline.cost.rates import Rates
 from tapeline.planner.block import BlockGraph, choose, front
 from tapeline.planner.policy import CHEAP
 from tapeline.planner.stage import Stage, StageOp
-from tapeline.tape.graph import PARAMETER, Op, Source, Tape, Value
+from tapeline.tape.graph import PARAMETER, Op, Source, Tape, Value, uses
 from tapeline.tape.nested import leaves
 from tapeline.tape.options import block_graph, is_input
 
@@ -23,6 +23,7 @@ _CAUSAL = 0.5
 _MAX_UNITS = 8
 _SMALL = 0.002
 Trained = Callable[[Source], bool]
+Placed = tuple[frozenset[int], frozenset[int]]
 
 
 def stage_of(tape: Tape, rates: Rates, is_trained: Trained) -> Stage:
@@ -44,7 +45,7 @@ def stage_of(tape: Tape, rates: Rates, is_trained: Trained) -> Stage:
         StageOp(
             name=_label(op),
             seconds=_forward_seconds(graph, op),
-            backward_seconds=_backward_seconds(op, rates, carrying),
+            backward_seconds=_backward_seconds(tape, op, rates, carrying),
             reads=tuple(numbers[v] for v in op.reads if v in numbers),
             makes=tuple(numbers[v] for v in op.makes if v in numbers),
             needs=tuple(numbers[v] for v in needs[op.index] if v in numbers),
@@ -64,6 +65,23 @@ def stage_of(tape: Tape, rates: Rates, is_trained: Trained) -> Stage:
         units=tuple(frozenset(numbers[v] for v in unit) for unit in units),
         held=frozenset(numbers[v] for v in held | outside),
     )
+
+
+def placement_of(tape: Tape, rates: Rates, held: Iterable[int], moved: Iterable[int]) -> Placed:
+    """A choice for a tape as the planner over tiers says it: values of the stage kept on the device, and values moved.
+
+    Args:
+        tape: the call.
+        rates: as in `stage_of`.
+        held: values of the tape that are held on the device, its input among them.
+        moved: values that are moved.
+    """
+    graph = block_graph(tape, rates)
+    order = _order(tape, graph)
+    numbers = {value: number for number, value in enumerate(order)}
+    away = frozenset(numbers[value] for value in moved if value in numbers)
+    outside = {numbers[v] for v in order[1:] if tape.values[v].producer is None or tape.values[v].is_output}
+    return frozenset(numbers[value] for value in held if value in numbers) | outside - away, away
 
 
 def _order(tape: Tape, graph: BlockGraph) -> list[int]:
@@ -115,7 +133,7 @@ def _is_causal(op: Op) -> bool:
     return op.kind == ATTENTION and any(flags)
 
 
-def _backward_seconds(op: Op, rates: Rates, carrying: set[int]) -> float:
+def _backward_seconds(tape: Tape, op: Op, rates: Rates, carrying: set[int]) -> float:
     flows = [v for v in op.reads if v in carrying]
     if not flows or not carrying.intersection(op.makes):
         return 0.0
@@ -124,7 +142,8 @@ def _backward_seconds(op: Op, rates: Rates, carrying: set[int]) -> float:
         return flops / rates.attention_backward_flops + rates.op_seconds
     if op.kind == MATMUL:
         each = max(op.flops / rates.matmul_flops, op.moved_bytes / rates.memory_bytes) + rates.op_seconds
-        return each * len(flows)
+        operands = [(use.geometry or tape.values[use.value].base, use.value) for use in uses((op.args, op.kwargs))]
+        return each * sum(value in carrying and len(look.shape) > 1 for look, value in operands)  # a bias takes a sum
     return op.moved_bytes / rates.memory_bytes + rates.op_seconds
 
 
