@@ -274,7 +274,10 @@ def test_f71_heads_and_embeddings_of_transformers_are_no_part_of_a_block(family:
 # -- F72 -----------------------------------------------------------------------------------------------------------
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"mode": "offload"}, "Unknown mode 'offload'"),
+    ({"mode": "offload"}, "say how much of it with disk_budget"),
+    ({"mode": "offload:2", "disk_budget": "1GiB"}, "Unknown mode 'offload:2'"),
+    ({"mode": "auto", "host_budget": "1GiB"}, "the host is the same memory"),
+    ({"mode": "auto", "disk_budget": "1 parsec"}, "Unknown unit"),
     ({"mode": "recomptue"}, "did you mean 'recompute'"),
     ({"mode": "cheap:2"}, "Unknown mode 'cheap:2'"),
     ({"mode": "segments:0"}, "k must be a whole number"),
@@ -306,6 +309,8 @@ def test_f72_a_mode_without_its_budget_or_a_budget_too_small_is_an_error() -> No
             tapeline.plan(model, x, "1KiB", mode=mode, loss_fn=direct_loss)
     with pytest.raises(TypeError, match="unexpected keyword"):
         tapeline.fit(model, x, mode="none", loss_fn=direct_loss, offload="host")
+    with pytest.raises(UsageError, match="on_full_tier must be"):
+        tapeline.fit(model, x, mode="none", loss_fn=direct_loss, on_full_tier="ignore")  # type: ignore[arg-type]
 
 
 def test_f72_the_report_says_what_took_effect_and_what_did_not() -> None:
