@@ -14,6 +14,7 @@ from tapeline.cost.device import cgroup_memory
 from tapeline.errors import UsageError
 
 _HOST_SHARE = 0.8
+_ENDLESS = 1 << 62
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,16 +51,25 @@ def machine_limits(folder: Path | str) -> Limits:
         host_available_bytes=memory.available,
         cgroup_bytes=min((limit for limit, _ in groups), default=None),
         cgroup_available_bytes=min((max(0, limit - used) for limit, used in groups), default=None),
-        locked_bytes=_locked_bytes(),
+        locked_bytes=locked_bytes(),
         disk_bytes=free_disk_bytes(folder),
         folder=str(folder),
     )
 
 
+def free_host_bytes() -> int:
+    """Host memory that can be had without swapping, and without leaving the container's limit."""
+    return min(psutil.virtual_memory().available, *(max(0, limit - used) for limit, used in cgroup_memory()), _ENDLESS)
+
+
 def available_host_bytes() -> int:
     """Host memory that one of the processes of this job on this machine may take without crowding out the rest."""
-    free = [psutil.virtual_memory().available, *(max(0, limit - used) for limit, used in cgroup_memory())]
-    return int(_HOST_SHARE * min(free)) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return int(_HOST_SHARE * free_host_bytes()) // local_processes()
+
+
+def local_processes() -> int:
+    """How many processes of this job share this machine, as launchers say it (``LOCAL_WORLD_SIZE``)."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def free_disk_bytes(folder: Path | str) -> int:
@@ -73,7 +83,8 @@ def free_disk_bytes(folder: Path | str) -> int:
     return shutil.disk_usage(folder).free
 
 
-def _locked_bytes() -> int | None:
+def locked_bytes() -> int | None:
+    """How much memory this process may lock; ``None``: as much as there is."""
     if sys.platform == "win32":
         return None
     import resource  # not on Windows

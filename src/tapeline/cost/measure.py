@@ -204,14 +204,31 @@ def _links(clock: Clock, num_bytes: int) -> dict[str, float]:
         with module.stream(streams[1]):
             here[1].copy_(there[1], non_blocking=True)
 
-    out = num_bytes / clock.seconds_of(lambda: there[0].copy_(here[0], non_blocking=True))
-    back = num_bytes / clock.seconds_of(lambda: here[1].copy_(there[1], non_blocking=True))
+    out, back = _each_way(clock, here[0], there[0])
     together = 2 * num_bytes / clock.seconds_of(both)
     return {
         "device_to_host_bandwidth": out,
         "host_to_device_bandwidth": back,
         "duplex_factor": min(2.0, max(1.0, together / ((out + back) / 2))),
     }
+
+
+def copy_bandwidths(device: torch.device, there: torch.Tensor, seconds: float) -> tuple[float, float]:
+    """Bytes per second from a device to memory of the host, and back, one after the other.
+
+    Args:
+        device: the device.
+        there: the memory, of type uint8; it is written.
+        seconds: what measuring each of them may take.
+    """
+    with _undisturbed(device):
+        return _each_way(Clock(device, seconds), torch.ones_like(there, device=device), there)
+
+
+def _each_way(clock: Clock, here: torch.Tensor, there: torch.Tensor) -> tuple[float, float]:
+    out = here.nbytes / clock.seconds_of(lambda: there.copy_(here, non_blocking=True))
+    back = here.nbytes / clock.seconds_of(lambda: here.copy_(there, non_blocking=True))
+    return out, back
 
 
 def _host_buffer(num_bytes: int, device: torch.device) -> torch.Tensor:

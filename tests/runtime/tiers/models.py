@@ -150,3 +150,44 @@ def simulated(
         with Session(model, plan, measure=False) as session, watch:
             yield session
     machine.check()
+
+
+class StillEvent:
+    """Of an accelerator that is quick: what it comes after is over."""
+
+    def is_done(self) -> bool:
+        return True
+
+    def synchronize(self) -> None: ...
+
+
+class StillStream:
+    """Its operations are over when they have been given."""
+
+    def record(self) -> StillEvent:
+        return StillEvent()
+
+    def wait(self, event: StillEvent) -> None: ...
+
+
+class StillAccelerator:
+    """An accelerator whose memory is the host's; it notes which stream its operations were given to."""
+
+    def __init__(self) -> None:
+        self.streams: dict[str, StillStream] = {}
+        self.used: set[StillStream] = set()
+        self._compute = StillStream()
+
+    def compute(self) -> StillStream:
+        return self._compute
+
+    def side(self, name: str) -> StillStream:
+        return self.streams.setdefault(name, StillStream())
+
+    def empty(self, num_bytes: int) -> torch.Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    @contextmanager
+    def on(self, stream: StillStream) -> Iterator[None]:
+        self.used.add(stream)
+        yield

@@ -21,12 +21,15 @@ from tapeline.runtime.tiers.disk import DiskFile
 from tapeline.runtime.tiers.engine import Engine
 from tapeline.runtime.tiers.simulated import RaceError, SimulatedMachine
 from tapeline.runtime.tiers.slab import HostSlab
+from tapeline.runtime.tiers.staged import StagedMachine
 from tapeline.runtime.tiers.threads import ThreadMachine
+from tests.runtime.tiers.models import StillAccelerator
 
 MACHINES = [
     "simulated",
     "threads",
     "disk",
+    "staged",
     pytest.param(
         "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
     ),
@@ -44,9 +47,11 @@ class Bench:
             "simulated": SimulatedMachine,
             "threads": ThreadMachine,
             "disk": ThreadMachine,
+            "staged": lambda: StagedMachine(StillAccelerator()),  # type: ignore[arg-type]
             "cuda": lambda: accelerator_machine(torch.device("cuda", 0)),
         }[kind]()
-        self.places: Any = DiskFile(folder, room, has_checksums=True) if kind == "disk" else HostSlab(room, self.device)
+        is_file = kind in ("disk", "staged")
+        self.places: Any = DiskFile(folder, room, has_checksums=True) if is_file else HostSlab(room, self.device)
         self.engine = Engine(self.machine, self.places, most_in_flight=in_flight)
 
     def made(self, value: int, size: int = 5000) -> torch.Tensor:
@@ -185,7 +190,7 @@ def play(seed: int, engine_class: type[Engine] = Engine, num_steps: int = 60) ->
     choose = random.Random(seed)
     machine = SimulatedMachine(seed=seed)
     slab = HostSlab(16 * 512, torch.device("cpu"))
-    machine.touch(slab.buffer, is_write=True)  # type: ignore[arg-type]
+    machine.touch(slab.memory.tensor, is_write=True)  # type: ignore[arg-type]
     machine.host.update(machine.compute().clock)
     engine = engine_class(machine, slab, most_in_flight=choose.choice([0, 600, 2000, 100_000]))
     known: list[tuple[Any, int]] = []

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 
-class _Event:
+class Event:
+    """One of the device's events."""
+
     def __init__(self, event: Any) -> None:
         self.event = event
 
@@ -20,20 +23,22 @@ class _Event:
         self.event.synchronize()
 
 
-class _Stream:
+class Stream:
+    """One of the device's streams; two objects for the same one are equal."""
+
     def __init__(self, stream: Any) -> None:
         self.stream = stream
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Stream) and bool(self.stream == other.stream)
+        return isinstance(other, Stream) and bool(self.stream == other.stream)
 
     def __hash__(self) -> int:
         return hash(self.stream)
 
-    def record(self) -> _Event:
-        return _Event(self.stream.record_event())
+    def record(self) -> Event:
+        return Event(self.stream.record_event())
 
-    def wait(self, event: _Event) -> None:
+    def wait(self, event: Event) -> None:
         self.stream.wait_event(event.event)
 
 
@@ -46,22 +51,27 @@ class AcceleratorMachine:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._module = torch.get_device_module(device)
-        self._sides: dict[str, _Stream] = {}
+        self._sides: dict[str, Stream] = {}
 
-    def compute(self) -> _Stream:
-        return _Stream(self._module.current_stream(self.device))
+    def compute(self) -> Stream:
+        return Stream(self._module.current_stream(self.device))
 
-    def side(self, name: str) -> _Stream:
+    def side(self, name: str) -> Stream:
         if name not in self._sides:
-            self._sides[name] = _Stream(self._module.Stream(self.device))
+            self._sides[name] = Stream(self._module.Stream(self.device))
         return self._sides[name]
 
     def empty(self, num_bytes: int) -> torch.Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
-    def copy(self, stream: _Stream, target: torch.Tensor, source: torch.Tensor) -> None:
-        with self._module.stream(stream.stream):
+    def copy(self, stream: Stream, target: torch.Tensor, source: torch.Tensor) -> None:
+        with self.on(stream):
             target.copy_(source, non_blocking=True)
+
+    def on(self, stream: Stream) -> AbstractContextManager[Any]:
+        """The caller's operations inside go to `stream`."""
+        found: AbstractContextManager[Any] = self._module.stream(stream.stream)
+        return found
 
     def mark(self) -> Any:
         event = self._module.Event(enable_timing=True)
@@ -71,7 +81,7 @@ class AcceleratorMachine:
     def seconds(self, begin: Any, end: Any) -> float | None:
         return float(begin.elapsed_time(end)) / 1e3 if end.query() else None
 
-    def run(self, stream: _Stream, job: Callable[[], None]) -> None:
+    def run(self, stream: Stream, job: Callable[[], None]) -> None:
         """Not on a device's stream: a host function there would stop all copies behind it.
 
         Raises:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import mmap
 import os
 import tempfile
 import threading
@@ -14,6 +13,8 @@ from pathlib import Path
 import torch
 
 from tapeline.errors import FullTierError, TierError
+from tapeline.runtime.tiers.gds import DeviceFile, open_device_file
+from tapeline.runtime.tiers.host_memory import HostMemory
 from tapeline.runtime.tiers.regions import Regions
 from tapeline.runtime.tiers.streams import Event, Machine, Stream
 from tapeline.units import format_bytes
@@ -21,6 +22,7 @@ from tapeline.units import format_bytes
 ALIGNMENT = 4096
 """Direct I/O wants offsets, lengths and addresses at multiples of the block size."""
 _CHUNK = 4 * 2**20
+_CPU = torch.device("cpu")
 
 
 class DiskFile:
@@ -32,25 +34,31 @@ class DiskFile:
     Args:
         folder: where the disk is; a folder that only this user can enter is made in it, and removed at once.
         num_bytes: size.
+        device: whose tensors are read and written.
         has_checksums: compare what is read with what was written, at the cost of a pass over the bytes each way.
 
     Raises:
         TierError: if the folder cannot be used or has not that much room.
     """
 
-    def __init__(self, folder: Path | str, num_bytes: int, *, has_checksums: bool = False) -> None:
+    def __init__(
+        self, folder: Path | str, num_bytes: int, device: torch.device = _CPU, *, has_checksums: bool = False
+    ) -> None:
         self.folder = Path(folder)
         self.num_bytes = -(-max(1, num_bytes) // ALIGNMENT) * ALIGNMENT
         self.regions = Regions(self.num_bytes, ALIGNMENT)
         self.has_checksums = has_checksums
         self.bytes_written = self.bytes_read = 0
         self._buffers = threading.local()
+        self._opened: list[HostMemory] = []
+        self.device_file: DeviceFile | None = None
         self._file, self.is_direct = self._open()
         try:
             os.posix_fallocate(self._file, 0, self.num_bytes)
         except OSError as error:
             self.close()
             raise self._failure("claim room", error) from error
+        self.device_file = None if has_checksums else open_device_file(self._file, device)
 
     def take(self, num_bytes: int) -> DiskSlot | None:
         """A place for so many bytes; ``None`` if there is none."""
@@ -62,39 +70,46 @@ class DiskFile:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+        if self.device_file is not None:
+            self.device_file.close()
+        while self._opened:
+            self._opened.pop().close()
 
     def write(self, offset: int, source: torch.Tensor) -> int:
-        """Write bytes, in pieces; returns their checksum, or 0."""
-        return self._in_pieces(offset, source, is_write=True)
+        """Write bytes; returns their checksum, or 0."""
+        if self.device_file is not None:
+            self.device_file.write(offset, source)
+        checksum = self._in_pieces(offset, source, is_write=True) if self.device_file is None else 0
+        self.bytes_written += source.nbytes
+        return checksum
 
     def read(self, offset: int, target: torch.Tensor) -> int:
-        """Read bytes, in pieces; returns their checksum, or 0."""
-        return self._in_pieces(offset, target, is_write=False)
+        """Read bytes; returns their checksum, or 0."""
+        if self.device_file is not None:
+            self.device_file.read(offset, target)
+        checksum = self._in_pieces(offset, target, is_write=False) if self.device_file is None else 0
+        self.bytes_read += target.nbytes
+        return checksum
 
     def _in_pieces(self, offset: int, tensor: torch.Tensor, *, is_write: bool) -> int:
-        """Through a buffer at an aligned address, the last piece rounded up to the alignment."""
-        buffer = self._buffer()
-        address, checksum, start = _address(buffer), 0, 0
+        """Through memory that begins at a page, the last piece rounded up to the alignment."""
+        memory, checksum, start = self._buffer(tensor.device), 0, 0
+        assert memory.map is not None, "it is open as long as its thread"
         while start < tensor.nbytes:
             size = min(_CHUNK, tensor.nbytes - start)
             rounded = -(-size // ALIGNMENT) * ALIGNMENT
-            memory = tensor.data_ptr() + start
-            with memoryview(buffer)[:rounded] as piece:
+            with memoryview(memory.map)[:rounded] as piece:
                 if is_write:
-                    ctypes.memmove(address, memory, size)
+                    _copy(memory, tensor, start, size, is_write=True)
                     self._all(os.pwrite, piece, offset + start, rounded)
                 else:
                     self._all(_pread, piece, offset + start, rounded)
-                    ctypes.memmove(memory, address, size)
+                    _copy(memory, tensor, start, size, is_write=False)
                 if self.has_checksums:
                     checksum = zlib.crc32(piece[:size], checksum)
             start += size
         if not self.is_direct:
             self._forget(offset, tensor.nbytes, is_write=is_write)
-        if is_write:
-            self.bytes_written += tensor.nbytes
-        else:
-            self.bytes_read += tensor.nbytes
         return checksum
 
     def _forget(self, offset: int, size: int, *, is_write: bool) -> None:
@@ -149,11 +164,12 @@ class DiskFile:
             )
         return TierError(f"Cannot {what} in {self.folder}: {error.strerror or error}.")
 
-    def _buffer(self) -> mmap.mmap:
-        """One for each thread; anonymous memory begins at a page."""
-        found = getattr(self._buffers, "value", None)
+    def _buffer(self, device: torch.device) -> HostMemory:
+        """One for each thread."""
+        found: HostMemory | None = getattr(self._buffers, "value", None)
         if found is None:
-            found = self._buffers.value = mmap.mmap(-1, _CHUNK)
+            found = self._buffers.value = HostMemory(_CHUNK, device)
+            self._opened.append(found)
         return found
 
 
@@ -191,5 +207,12 @@ def _pread(file: int, piece: memoryview, offset: int) -> int:
     return os.preadv(file, [piece], offset)
 
 
-def _address(buffer: mmap.mmap) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+def _copy(memory: HostMemory, tensor: torch.Tensor, start: int, size: int, *, is_write: bool) -> None:
+    """Between the beginning of host memory and a part of a tensor; over when the call returns."""
+    assert memory.tensor is not None, "it is open"
+    if tensor.device.type != "cpu":
+        here, there = memory.tensor[:size], tensor[start : start + size]
+        here.copy_(there) if is_write else there.copy_(here)
+        return
+    place = tensor.data_ptr() + start
+    ctypes.memmove(*((memory.address, place) if is_write else (place, memory.address)), size)

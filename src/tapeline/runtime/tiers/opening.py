@@ -12,6 +12,7 @@ from tapeline.runtime.tiers.cuda import accelerator_machine
 from tapeline.runtime.tiers.disk import DiskFile
 from tapeline.runtime.tiers.engine import Engine
 from tapeline.runtime.tiers.slab import HostSlab
+from tapeline.runtime.tiers.staged import StagedMachine
 from tapeline.runtime.tiers.threads import ThreadMachine
 from tapeline.runtime.tiers.tier import DISK, HOST, Tier
 
@@ -28,24 +29,32 @@ def open_host(device: torch.device, num_bytes: int, in_flight_bytes: int) -> Tie
     """
     if device.type == "cpu":
         raise UsageError("The plan moves tensors to the host, and the device is the CPU: that is the same memory.")
-    machine = accelerator_machine(device)
-    return _tier(HOST, device, Engine(machine, HostSlab(num_bytes, device), most_in_flight=in_flight_bytes))
+    slab = HostSlab(num_bytes, device)
+    engine = Engine(accelerator_machine(device), slab, most_in_flight=in_flight_bytes)
+    return Tier(name=HOST, device=device, engine=engine, note=slab.memory.note)
 
 
-def open_disk(device: torch.device, num_bytes: int, in_flight_bytes: int, folder: Path | str) -> Tier:
-    """An anonymous file below a CPU, with a thread for each direction.
+def open_disk(
+    device: torch.device,
+    num_bytes: int,
+    in_flight_bytes: int,
+    folder: Path | str,
+    *,
+    has_checksums: bool = False,
+) -> Tier:
+    """An anonymous file, with a thread for each direction.
+
+    Args:
+        device: whose tensors go there; those of an accelerator through the host, in pieces.
+        num_bytes: size of the file.
+        in_flight_bytes: what may be on the device while it is written.
+        folder: where the disk is.
+        has_checksums: compare what is read with what was written.
 
     Raises:
         TierError: if the folder cannot be used, or has not that much room.
-        UsageError: for an accelerator.
     """
-    if device.type != "cpu":
-        raise UsageError(
-            f"The plan moves tensors from {device} to the disk, which is possible from a CPU only: use the host."
-        )
-    file, machine = DiskFile(folder, num_bytes), ThreadMachine()
-    return _tier(DISK, device, Engine(machine, file, most_in_flight=in_flight_bytes, shut=machine.close))
-
-
-def _tier(name: str, device: torch.device, engine: Engine) -> Tier:
-    return Tier(name=name, device=device, engine=engine)
+    file = DiskFile(folder, num_bytes, device, has_checksums=has_checksums)
+    machine = ThreadMachine() if device.type == "cpu" else StagedMachine(accelerator_machine(device))
+    engine = Engine(machine, file, most_in_flight=in_flight_bytes, shut=machine.close)
+    return Tier(name=DISK, device=device, engine=engine)

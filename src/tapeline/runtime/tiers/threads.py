@@ -14,7 +14,7 @@ from tapeline.errors import TierError
 _END = None
 
 
-class _Event:
+class WorkerEvent:
     """Done when the worker comes to it; what failed before it comes out of asking."""
 
     def __init__(self) -> None:
@@ -43,30 +43,31 @@ class _Event:
 class _Caller:
     """The compute stream of a CPU: an operation is done when its call returns."""
 
-    def record(self) -> _Event:
-        event = _Event()
+    def record(self) -> WorkerEvent:
+        event = WorkerEvent()
         event.set(None)
         return event
 
-    def wait(self, event: _Event) -> None:
+    def wait(self, event: WorkerEvent) -> None:
         event.synchronize()
 
 
-class _Worker:
+class Worker:
     """A thread that does jobs in order. After a failure it does no more jobs, and every later event carries the error."""
 
     def __init__(self, name: str) -> None:
+        self.name = name
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
         self.thread = threading.Thread(target=self._work, name=f"tapeline {name}", daemon=True)
         self.thread.start()
 
-    def record(self) -> _Event:
-        event = _Event()
+    def record(self) -> WorkerEvent:
+        event = WorkerEvent()
         self._jobs.put(lambda: event.set(self._error))
         return event
 
-    def wait(self, event: _Event) -> None:
+    def wait(self, event: WorkerEvent) -> None:
         self.add(event.synchronize)
 
     def add(self, job: Callable[[], None]) -> None:
@@ -94,7 +95,7 @@ class ThreadMachine:
 
     def __init__(self) -> None:
         self._caller = _Caller()
-        self._workers: dict[str, _Worker] = {}
+        self._workers: dict[str, Worker] = {}
 
     def __enter__(self) -> ThreadMachine:
         return self
@@ -105,15 +106,15 @@ class ThreadMachine:
     def compute(self) -> _Caller:
         return self._caller
 
-    def side(self, name: str) -> _Worker:
+    def side(self, name: str) -> Worker:
         if name not in self._workers:
-            self._workers[name] = _Worker(name)
+            self._workers[name] = Worker(name)
         return self._workers[name]
 
     def empty(self, num_bytes: int) -> torch.Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8)
 
-    def copy(self, stream: _Worker, target: torch.Tensor, source: torch.Tensor) -> None:
+    def copy(self, stream: Worker, target: torch.Tensor, source: torch.Tensor) -> None:
         stream.add(lambda: _copy(target, source))
 
     def mark(self) -> float:
@@ -122,7 +123,7 @@ class ThreadMachine:
     def seconds(self, begin: float, end: float) -> float:
         return end - begin
 
-    def run(self, stream: _Worker, job: Callable[[], None]) -> None:
+    def run(self, stream: Worker, job: Callable[[], None]) -> None:
         stream.add(job)
 
     def close(self) -> None:

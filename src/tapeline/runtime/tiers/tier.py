@@ -20,3 +20,5 @@ class Tier:
     device: torch.device
     """Whose bytes it takes."""
     engine: Engine
+    note: str = ""
+    """What is not as it should be."""
