@@ -33,6 +33,7 @@ def fit(
     strict: bool = False,
     per_shape: bool = False,
     offload_dir: Path | str | None = None,
+    checksums: bool = False,
     on_full_tier: Literal["error", "replan"] = "error",
     **options: Any,
 ) -> Session:
@@ -48,6 +49,7 @@ def fit(
         per_shape: make a plan for each shape of batch, for all that are up to a fifth smaller. The plan of a shape that
             was not seen before is made in another thread while the plan for the next larger shape serves. Mode ``auto`` only.
         offload_dir: folder for what a plan with a ``disk_budget`` moves to the disk.
+        checksums: as in `Session`.
         on_full_tier: what to do if the host or the disk has not the room that the plan needs: ``"error"``, or ``"replan"`` with
             less of it, as often as it takes.
         **options: the other arguments of `plan`.
@@ -81,6 +83,7 @@ def fit(
                 strict=strict,
                 shapes=shapes,
                 offload_dir=offload_dir,
+                checksums=checksums,
             )
         except FullTierError as error:
             if shapes is not None:

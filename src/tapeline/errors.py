@@ -62,7 +62,15 @@ class TierError(TapelineError, RuntimeError):
 
 
 class FullTierError(TierError):
-    """The host or the disk has not as much room as the plan needs; nothing has been computed yet."""
+    """The host or the disk has not as much room as the plan needs; nothing has been computed yet.
+
+    Attributes:
+        tier: ``host`` or ``disk``.
+    """
+
+    def __init__(self, message: str, *, tier: str) -> None:
+        super().__init__(message)
+        self.tier = tier
 
 
 class UnsupportedModelError(TapelineError):

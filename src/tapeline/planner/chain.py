@@ -51,6 +51,8 @@ class Link:
     """What the forward does anyway: bytes leave for nothing as long as it takes longer."""
     backward_flops: float
     """The same of the backward."""
+    overflow: Link | None = None
+    """Where the rest goes when there is no room."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,15 +149,29 @@ class _Model:
     def add_link(self, link: Link, cost: float) -> None:
         """Compute waits for what the link cannot move beside forward and backward; there is room for so much below."""
         moving = [(column, option) for column, option in enumerate(self.chain.options) if option.moved_bytes]
-        columns = [column for column, _ in moving]
-        room = [option.moved_bytes / max(1, link.room_bytes) for _, option in moving]
-        self.highs.addRow(-highspy.kHighsInf, 1.0, len(columns), columns, room)
-        for per_byte, hidden in ((link.out_flops, link.forward_flops), (link.back_flops, link.backward_flops)):
-            wait = self.highs.getNumCol()
-            self.highs.addVar(0.0, highspy.kHighsInf)
+        unit = max(1, link.room_bytes)
+        columns, room = [column for column, _ in moving], [option.moved_bytes / unit for _, option in moving]
+        spilled = self._continuous(0.0 if link.overflow is None else link.overflow.room_bytes / unit)
+        self._at_most(1.0, [*columns, spilled], [*room, -1.0])
+        for there, back in ((False, False), (False, True), (True, False), (True, True)):
+            one = link.overflow if there else link
+            if one is None:
+                continue
+            per_byte, hidden = (one.back_flops, one.backward_flops) if back else (one.out_flops, one.forward_flops)
+            wait = self._continuous(highspy.kHighsInf)
             self.highs.changeColCost(wait, 1.0)
-            times = [cost * (per_byte * o.moved_bytes + link.copy_flops * o.num_moved) for _, o in moving]
-            self.highs.addRow(-highspy.kHighsInf, cost * hidden, len(columns) + 1, [*columns, wait], [*times, -1.0])
+            if there:
+                self._at_most(cost * hidden, [spilled, wait], [cost * per_byte * unit, -1.0])
+            else:
+                times = [cost * (per_byte * o.moved_bytes + link.copy_flops * o.num_moved) for _, o in moving]
+                self._at_most(cost * hidden, [*columns, spilled, wait], [*times, -cost * per_byte * unit, -1.0])
+
+    def _continuous(self, upper: float) -> int:
+        self.highs.addVar(0.0, upper)
+        return int(self.highs.getNumCol()) - 1
+
+    def _at_most(self, bound: float, columns: list[int], values: list[float]) -> None:
+        self.highs.addRow(-highspy.kHighsInf, bound, len(columns), columns, values)
 
     def limit_points(self, budget_bytes: int) -> None:
         for base, columns, added in self._points():

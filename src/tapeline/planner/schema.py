@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from tapeline.errors import UsageError, did_you_mean
@@ -95,8 +95,8 @@ class Plan:
     """Host memory for what is moved there, pinned for the whole session."""
     disk_bytes: int = 0
     """Room on the disk for what is moved there."""
-    moved_bytes: int = 0
-    """Bytes that leave the device in one forward of the model; backward brings them back."""
+    moved: dict[str, int] = field(default_factory=dict)
+    """Bytes that leave the device in one forward of the model, by tier; backward brings them back."""
     in_flight_bytes: int = 0
     """Of them, what may still be on the device while it is copied, for each tier; compute waits rather than exceed it."""
     margin_bytes: int = 0
@@ -105,6 +105,11 @@ class Plan:
     """What the user should know: settings that took no effect, blocks that could not be managed."""
     schema_version: int = SCHEMA_VERSION
     """Version of this layout."""
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes that leave the device in one forward of the model."""
+        return sum(self.moved.values())
 
     @property
     def keeps_all(self) -> bool:
@@ -154,8 +159,8 @@ class Plan:
         return cls(**data)
 
     def __str__(self) -> str:
-        parts = [self.headline, _memory_table(self), _alternatives_table(self), *(f"note: {n}" for n in self.notes)]
-        return "\n\n".join(parts)
+        tables = [_memory_table(self), *([_tiers_table(self)] if self.moved else []), _alternatives_table(self)]
+        return "\n\n".join([self.headline, *tables, *(f"note: {note}" for note in self.notes)])
 
     @property
     def headline(self) -> str:
@@ -164,6 +169,8 @@ class Plan:
         num_dropped = sum(block.input == "recompute" for block in self.blocks)
         budget = "no budget" if self.budget_bytes is None else f"budget {format_bytes(self.budget_bytes)}"
         dropped = f", {num_dropped} inputs rebuilt" if num_dropped else ""
+        for tier, size in self.moved.items():
+            dropped += f", {format_bytes(size)} moved to the {tier}"
         return (
             f"Plan {self.mode!r} on {self.device}: peak {format_bytes(self.peak_bytes)} ({budget}), "
             f"{self.slowdown:.3f}x FLOPs; {num_managed} of {len(self.blocks)} blocks replayed{dropped}"
@@ -207,11 +214,11 @@ def _block(data: dict[str, Any]) -> BlockPlan:
 
 def _known(cls: type, data: dict[str, Any], names: Collection[str] = ()) -> dict[str, Any]:
     """Check the names in `data` against those of `cls`, or those of them that a plan has."""
-    names = names or {field.name for field in fields(cls)}
+    names = names or {f.name for f in fields(cls)}
     for name in data:
         if name not in names:
             raise UsageError(f"Not a plan: unknown field {name!r}{did_you_mean(name, names)}.")
-    required = {f.name for f in fields(cls) if f.default is MISSING}
+    required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
     if missing := sorted(required - set(data)):
         raise UsageError(f"Not a plan: missing {', '.join(missing)}.")
     return dict(data)
@@ -225,6 +232,12 @@ def _memory_table(plan: Plan) -> str:
     ]
     rows.append(("peak", format_bytes(plan.untouched_peak_bytes), format_bytes(plan.peak_bytes)))
     return text_table(("where the memory goes", "untouched", "this plan"), rows)
+
+
+def _tiers_table(plan: Plan) -> str:
+    rooms = {"host": plan.host_bytes, "disk": plan.disk_bytes}
+    rows = [(tier, format_bytes(rooms[tier]), format_bytes(size)) for tier, size in plan.moved.items()]
+    return text_table(("below the device", "room taken", "moved by a forward"), rows)
 
 
 def _alternatives_table(plan: Plan) -> str:

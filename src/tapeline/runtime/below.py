@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from tapeline.cost.catalogue import CPU, catalogued, lookup, unknown_accelerator
 from tapeline.cost.device import device_name
-from tapeline.cost.limits import available_host_bytes
+from tapeline.cost.limits import available_host_bytes, local_processes
 from tapeline.cost.links import links_of
 from tapeline.errors import UsageError
 from tapeline.planner.chain import Link
 from tapeline.planner.profile import StepProfile
+from tapeline.planner.schema import Plan
 from tapeline.runtime.predict import FakeStep
+from tapeline.runtime.tiers.tier import DISK, HOST
 from tapeline.runtime.wanted import Wanted
 
 
@@ -32,6 +34,23 @@ class Below:
     """Seconds that starting a copy takes."""
     in_flight_bytes: int | None = None
     """What may be on its way out at once; ``None``: as much as one block moves."""
+    overflow: Below | None = None
+    """Where the rest goes when there is no room."""
+
+    @property
+    def tiers(self) -> tuple[Below, ...]:
+        """This tier and those after it."""
+        return (self,) if self.overflow is None else (self, *self.overflow.tiers)
+
+    def opened(self, plan: Plan) -> Below | None:
+        """The tiers as a session with this plan opens them, for the plans of other shapes."""
+        rooms = {HOST: plan.host_bytes, DISK: plan.disk_bytes}
+        made: Below | None = None
+        for tier in reversed(self.tiers):
+            if rooms[tier.name]:
+                room, in_flight = rooms[tier.name], plan.in_flight_bytes
+                made = replace(tier, room_bytes=room, in_flight_bytes=in_flight, overflow=made)
+        return made
 
     def link(self, profile: StepProfile, step: FakeStep) -> Link:
         """The tier as the choice of placements sees it, for one micro-batch."""
@@ -43,11 +62,14 @@ class Below:
             copy_flops=flops * self.copy_seconds,
             forward_flops=profile.flops / 3 / step.accumulation,
             backward_flops=profile.flops * 2 / 3 / step.accumulation,
+            overflow=None if self.overflow is None else self.overflow.link(profile, step),
         )
 
 
 def below(device: torch.device, wanted: Wanted) -> Below | None:
-    """The tier below `device` that the user gave room to; ``None`` if none.
+    """The tier below `device` that the user gave room to, with the one below that; ``None`` if none.
+
+    Budgets are of the machine: processes of a job that share it have equal parts.
 
     Raises:
         UsageError: for a tier that this device does not have.
@@ -63,23 +85,27 @@ def below(device: torch.device, wanted: Wanted) -> Below | None:
             "Mode 'offload' moves block inputs to the tier below; on a CPU that is the disk: say how much of it with "
             'disk_budget="20GiB".'
         )
-    if not is_cpu and wanted.disk_bytes:
-        raise UsageError(
-            f"disk_budget={wanted.disk_budget!r}: from {device} tensors are moved to the host. Use host_budget."
-        )
     known = catalogued(CPU) if is_cpu else lookup(device_name(device)) or unknown_accelerator()
+    host_room, disk_room = (size // local_processes() for size in (wanted.host_bytes, wanted.disk_bytes))
+    if offloads and not (host_room or disk_room):
+        host_room = available_host_bytes()
     links = links_of(known)
-    if is_cpu:
-        room, out, back = wanted.disk_bytes, links.disk_write, links.disk_read
-    else:
-        room = wanted.host_bytes or (available_host_bytes() if offloads else 0)
-        out, back = links.to_host, links.to_device
-    if not room:
-        return None
-    return Below(
-        name="disk" if is_cpu else "host",
-        room_bytes=room,
-        out_bandwidth=out,
-        back_bandwidth=back,
-        copy_seconds=links.latency,
-    )
+    found: Below | None = None
+    if disk_room:
+        found = Below(
+            name="disk",
+            room_bytes=disk_room,
+            out_bandwidth=links.disk_write,
+            back_bandwidth=links.disk_read,
+            copy_seconds=links.latency,
+        )
+    if host_room:
+        found = Below(
+            name="host",
+            room_bytes=host_room,
+            out_bandwidth=links.to_host,
+            back_bandwidth=links.to_device,
+            copy_seconds=links.latency,
+            overflow=found,
+        )
+    return found

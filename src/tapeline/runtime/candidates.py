@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from tapeline.ledger import BACKWARD
 from tapeline.planner.block import front
@@ -16,6 +17,7 @@ from tapeline.planner.windows import ahead_bytes
 from tapeline.runtime.below import Below
 from tapeline.runtime.moving import LEAST_BYTES
 from tapeline.runtime.predict import FakeStep
+from tapeline.runtime.tiers.opening import ALIGNMENTS
 from tapeline.runtime.tiers.tier import HOST
 from tapeline.tape.graph import ARGUMENT, Source, Tape
 from tapeline.tape.options import block_graph
@@ -91,14 +93,19 @@ class Candidates:
         return fits and self.has_room(blocks)
 
     def has_room(self, blocks: Blocks) -> bool:
-        """Whether the tier below has room for what is moved."""
-        return self.below is None or self.room_bytes(blocks) <= self.below.room_bytes
+        """Whether the tiers below have room for what is moved."""
+        there: dict[str, int] = {}
+        if self.below is not None:
+            there |= {tier.name: tier.room_bytes for tier in self.below.tiers}
+        return all(size <= there.get(tier, 0) for tier, size in self.rooms(blocks).items())
 
-    def room_bytes(self, blocks: Blocks) -> int:
-        """What the tier below must have room for, in any step."""
+    def rooms(self, blocks: Blocks) -> dict[str, int]:
+        """What each tier below must have room for, in any step."""
         self.first_peak(blocks)
-        rooms = (self.profile(blocks).room_bytes, self._rooms.get(blocks, {}))
-        return max((size for room in rooms for size in room.values()), default=0)
+        found = dict(self._rooms.get(blocks, {}))
+        for tier, size in self.profile(blocks).room_bytes.items():
+            found[tier] = max(size, found.get(tier, 0))
+        return found
 
     def uniform(self, policy: Policy) -> Blocks:
         """The same policy for all blocks that it can apply to."""
@@ -124,16 +131,19 @@ class Candidates:
     def offloaded(self, policy: Policy = RECOMPUTE) -> Blocks:
         """Every input below the device but the last block's, which is needed at once; the rest as `policy` says."""
         assert self.below is not None, "asked for where there is a tier"
-        blocks, left = [self._place(name, policy, self.below.name) for name in self.names], self.below.room_bytes
+        blocks = [self._place(name, policy, self.below.name) for name in self.names]
+        left = sum(tier.room_bytes for tier in self.below.tiers)
         for number, block in enumerate(blocks):
-            left -= sum(self.moved_sizes(block))
+            left -= self._moved_bytes(block)
             if left < 0 or number == len(blocks) - 1:
                 blocks[number] = replace(block, input="device")
-        return tuple(blocks)
+        return self._spilled(tuple(blocks))
 
     def moving(self, policy: Policy, num_blocks: int) -> Blocks:
         """The policy for all blocks, with all that the first ones hold below the device."""
-        return tuple(self._moved(n, policy, "all" if i < num_blocks else "") for i, n in enumerate(self.names))
+        return self._spilled(
+            tuple(self._moved(n, policy, "all" if i < num_blocks else "") for i, n in enumerate(self.names))
+        )
 
     def one_ahead(self, blocks: Blocks) -> Blocks:
         """Each block's backward begins with the fetch of what the block before it has moved."""
@@ -184,7 +194,9 @@ class Candidates:
     def from_options(self, options: Sequence[Option]) -> Blocks:
         """The placements that a solution of `chain` stands for."""
         chosen = {self.names[option.block]: option.kind.partition("+") for option in options}
-        return tuple(self._moved(name, self._policies[kind], way) for name, (kind, _, way) in chosen.items())
+        return self._spilled(
+            tuple(self._moved(name, self._policies[kind], way) for name, (kind, _, way) in chosen.items())
+        )
 
     @property
     def has_chain(self) -> bool:
@@ -293,10 +305,28 @@ class Candidates:
         """A block with its input below the device, or all that it holds."""
         if not way or self.below is None or self._reasons.get(name):
             return self._place(name, policy)
-        tier = self.below.name
         if way == "all":
-            policy = replace(policy, host=(EVERYTHING,)) if tier == HOST else replace(policy, disk=(EVERYTHING,))
-        return self._place(name, policy, tier)
+            policy = replace(policy, host=(EVERYTHING,))
+        return _on_tier(self._place(name, policy, self.below.name), self.below.name)
+
+    def _spilled(self, blocks: Blocks) -> Blocks:
+        """What the tier below has no room for goes to the one after it, the first blocks first: theirs is needed last."""
+        if self.below is None or self.below.overflow is None:
+            return blocks
+        left, found = self.below.room_bytes, []
+        for block in reversed(blocks):
+            left -= self._moved_bytes(block)
+            found.append(block if left >= 0 else _on_tier(block, self.below.overflow.name))
+        return tuple(reversed(found))
+
+    def _moved_bytes(self, block: BlockPlan) -> int:
+        """What a block moves in a forward of the model, with what places are rounded up to."""
+        assert self.below is not None, "asked for where there is a tier"
+        num_calls, unit = (
+            self.recorded.blocks[block.name].num_calls // self.step.accumulation,
+            ALIGNMENTS[self.below.name],
+        )
+        return num_calls * sum(-(-size // unit) * unit for size in self.moved_sizes(block))
 
     def _num_backward(self, points: list[tuple[str | None, int]]) -> int:
         """Points of the last micro-batch."""
@@ -329,6 +359,13 @@ class Candidates:
 
 def _plan(name: str, kind: str, policy: Policy, source: Placement = "device", reason: str = "") -> BlockPlan:
     return BlockPlan(name=name, kind=kind, policy=policy, input=source, held_bytes=0, recompute_flops=0, reason=reason)
+
+
+def _on_tier(block: BlockPlan, tier: Literal["host", "disk"]) -> BlockPlan:
+    """A block whose moves all go to one tier."""
+    names = block.policy.host + block.policy.disk
+    policy = replace(block.policy, host=names if tier == HOST else (), disk=() if tier == HOST else names)
+    return replace(block, policy=policy, input=block.input if block.input in ("device", "recompute") else tier)
 
 
 def _in_order_of_execution(names: list[str], profile: StepProfile) -> list[str]:

@@ -133,6 +133,7 @@ def finished(candidates: Candidates, mode: str, chosen: Blocks, limit: int | Non
     """Put a choice and what it costs into a plan."""
     step, kept, profile = candidates.step, candidates.kept, candidates.profile(chosen)
     notes = list(candidates.notes())
+    rooms = candidates.rooms(chosen)
     if candidates.below is not None and not profile.moved_bytes:
         notes.append(f"nothing is moved to the {candidates.below.name}: the budget is kept without")
     if step.optimizer is None:
@@ -155,10 +156,10 @@ def finished(candidates: Candidates, mode: str, chosen: Blocks, limit: int | Non
         keep=step.library.rules.keep,
         drop=step.library.rules.drop,
         notes=tuple(notes),
-        moved_bytes=sum(profile.moved_bytes.values()) // step.accumulation,
+        moved={tier: size // step.accumulation for tier, size in profile.moved_bytes.items()},
         in_flight_bytes=candidates.in_flight_bytes(chosen),
-        host_bytes=candidates.room_bytes(chosen) if "host" in profile.moved_bytes else 0,
-        disk_bytes=candidates.room_bytes(chosen) if "disk" in profile.moved_bytes else 0,
+        host_bytes=rooms.get("host", 0),
+        disk_bytes=rooms.get("disk", 0),
     )
 
 

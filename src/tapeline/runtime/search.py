@@ -81,9 +81,10 @@ def plan(
         reserve: bytes on the device that something else holds all the time (an averaged copy of the weights, say); they
             count in every prediction.
         on_infeasible: ``"error"``, or ``"warn"`` to get the plan with the smallest peak instead.
-        host_budget: bytes of host memory that what leaves the device may take. Default: none; in mode ``offload`` as much as it
-            takes. On a CPU there is no such tier: it is the same memory.
-        disk_budget: bytes on the disk that it may take, from a CPU. Default: none.
+        host_budget: bytes of this machine's memory that what leaves an accelerator may take; processes of a job that share the
+            machine have equal parts. Default: none; in mode ``offload`` without a disk, most of what is free. On a CPU there is
+            no such tier: it is the same memory.
+        disk_budget: the same of a disk: from an accelerator for what the host has no room for, from a CPU for all. Default: none.
 
     Returns:
         A frozen `Plan`.
@@ -166,7 +167,7 @@ class Search:
         self.step.library.rules.check()
         self.limit, self.spare = _limit(candidates, self.budget, self.wanted.margin)
         plan = self._plan(candidates)
-        self._below = _opened(candidates.below, plan)
+        self._below = None if candidates.below is None else candidates.below.opened(plan)
         self.step.library.groups = {name: candidates.group(name) for name in candidates.names}
         return plan
 
@@ -253,12 +254,6 @@ def _limit(candidates: Candidates, budget: Budget | None, margin: str | int | No
         raise UsageError('margin must be a size or a share of the budget, such as "512MiB" or "5%".')
     kept_free = spare.num_bytes if spare.num_bytes is not None else int((spare.fraction or 0) * limit)
     return limit - kept_free, kept_free
-
-
-def _opened(tier: Below | None, plan: Plan) -> Below | None:
-    """The tier as a session with this plan opens it, for the plans of other shapes."""
-    room = plan.host_bytes or plan.disk_bytes
-    return replace(tier, room_bytes=room, in_flight_bytes=plan.in_flight_bytes) if tier and room else None
 
 
 def _block_names(model: nn.Module, blocks: Sequence[str] | None, mode: str) -> list[str]:

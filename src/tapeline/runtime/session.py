@@ -131,6 +131,7 @@ class Session:
             does not replay exactly.
         shapes: plans for other shapes of batches, which take the place of `plan` where there is one.
         offload_dir: folder on the disk for what the plan moves there. Files in it have no name: nothing is left behind.
+        checksums: compare what is read from the disk with what was written: for finding a bad disk, at some cost in time.
 
     Raises:
         UsageError: if the plan names blocks that the model does not have, or a session is in force already.
@@ -147,6 +148,7 @@ class Session:
         strict: bool = False,
         shapes: ShapePlans | None = None,
         offload_dir: Path | str | None = None,
+        checksums: bool = False,
     ) -> None:
         if audit_every < 0:
             raise UsageError(f"audit_every must be 0 (never) or a number of forwards, got {audit_every}.")
@@ -160,7 +162,7 @@ class Session:
         self._mover: Mover | None = None
         try:
             self._library = Library(nominal_rates(model_device(model)), Rules(plan.keep, plan.drop))
-            self._library.mover = self._mover = open_mover(model, plan, offload_dir)
+            self._library.mover = self._mover = open_mover(model, plan, offload_dir, checksums=checksums)
             if self._mover is not None:
                 self._patches.hook(model, ForwardBegins(self._mover))
             self._seams = install_blocks(self._patches, model, plan.blocks, self._library, every=shapes is not None)
@@ -270,7 +272,7 @@ class Session:
             audited_calls=self._audit.num_audits,
             kept_instead=tuple(dict.fromkeys(what for found in self._library.failures.values() for what in found)),
             notes=(*self._notes, *self._ineffective()),
-            tiers=tier_reports(self._mover, self.plan.moved_bytes),
+            tiers=tier_reports(self._mover, self.plan.moved),
         )
 
     def remove(self) -> None:
@@ -286,6 +288,7 @@ class Session:
     def _ineffective(self) -> list[str]:
         notes = self._switch.notes()
         if self._mover is not None:
+            notes += [tier.note for tier in self._mover.tiers.values() if tier.note]
             notes += [f"stayed on the device: {count} tensors, {why}" for why, count in self._mover.stayed.items()]
         if replaced := self._patches.replaced():
             notes.append(
@@ -315,6 +318,7 @@ def apply(
     audit_every: int = 100,
     strict: bool = False,
     offload_dir: Path | str | None = None,
+    checksums: bool = False,
 ) -> Session:
     """Put a plan in force on `model`; see `Session`.
 
@@ -336,6 +340,7 @@ def apply(
         audit_every=audit_every,
         strict=strict,
         offload_dir=offload_dir,
+        checksums=checksums,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tapeline.runtime.moving import Mover
@@ -60,7 +61,7 @@ class TierReport:
         return [*rows, ("most of it for", worst)] if worst else rows
 
 
-def tier_reports(mover: Mover | None, planned_bytes: int) -> tuple[TierReport, ...]:
+def tier_reports(mover: Mover | None, planned: Mapping[str, int]) -> tuple[TierReport, ...]:
     """What a mover has done, by tier."""
     if mover is None:
         return ()
@@ -73,7 +74,7 @@ def tier_reports(mover: Mover | None, planned_bytes: int) -> tuple[TierReport, .
                 name=name,
                 room_bytes=engine.store.num_bytes,
                 most_used_bytes=engine.store.regions.most_used,
-                planned_bytes=planned_bytes,
+                planned_bytes=planned.get(name, 0),
                 out_bytes=out,
                 back_bytes=back,
                 total_out_bytes=engine.bytes_out,

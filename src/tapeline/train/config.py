@@ -45,8 +45,9 @@ class TrainConfig:
     host_budget: str = _setting(
         "", "Host memory for what leaves the device: 32GiB. Default: none, but for mode offload."
     )
-    disk_budget: str = _setting("", "Room on a disk for what leaves the memory of a CPU: 100GiB. Default: none.")
+    disk_budget: str = _setting("", "Room on a disk for what has no other: 100GiB. Default: none.")
     offload_dir: str = _setting("", "Folder on that disk; nothing is left in it.")
+    checksums: bool = _setting(False, "Compare what is read from the disk with what was written.")
     on_full_tier: str = _setting("error", "If there is not that much room: error | replan (with less of it).")
     margin: str = _setting("", "Stay this far below the budget: 512MiB or 5%. Default: 5% for an automatic budget.")
 

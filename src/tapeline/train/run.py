@@ -155,11 +155,19 @@ def _session(job: _Job, micro_batch: Any, wanted: Wanted) -> tuple[Session, Fake
             loss_fn=wanted.loss_fn,
             accumulation=wanted.accumulation,
         )
-        offload_dir = config.offload_dir or None
         try:
-            return Session(job.model, plan, measure=False, shapes=shapes, offload_dir=offload_dir), predictor
+            session = Session(
+                job.model,
+                plan,
+                measure=False,
+                shapes=shapes,
+                offload_dir=config.offload_dir or None,
+                checksums=config.checksums,
+            )
         except FullTierError as error:
             wanted = less_room(wanted, plan, error)
+        else:
+            return session, predictor
 
 
 def _shape_plans(config: TrainConfig, search: Search, plan: Plan, observer: Observer) -> ShapePlans | None:

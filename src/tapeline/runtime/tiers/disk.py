@@ -17,6 +17,7 @@ from tapeline.runtime.tiers.gds import DeviceFile, open_device_file
 from tapeline.runtime.tiers.host_memory import HostMemory
 from tapeline.runtime.tiers.regions import Regions
 from tapeline.runtime.tiers.streams import Event, Machine, Stream
+from tapeline.runtime.tiers.tier import DISK
 from tapeline.units import format_bytes
 
 ALIGNMENT = 4096
@@ -160,7 +161,8 @@ class DiskFile:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return FullTierError(
                 f"The disk of {self.folder} has no room for {format_bytes(self.num_bytes)}: make room, name another offload_dir, or "
-                "a smaller disk_budget."
+                "a smaller disk_budget.",
+                tier=DISK,
             )
         return TierError(f"Cannot {what} in {self.folder}: {error.strerror or error}.")
 

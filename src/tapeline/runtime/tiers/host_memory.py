@@ -19,6 +19,7 @@ import torch
 from tapeline.cost.limits import free_host_bytes, locked_bytes
 from tapeline.cost.measure import copy_bandwidths
 from tapeline.errors import FullTierError
+from tapeline.runtime.tiers.tier import HOST
 from tapeline.units import format_bytes
 
 _MBIND = {"x86_64": 237, "aarch64": 235}
@@ -139,5 +140,6 @@ def _reasons(num_bytes: int) -> str:
 def _full(num_bytes: int, free: int) -> FullTierError:
     return FullTierError(
         f"The host has {format_bytes(free)} left, and {format_bytes(num_bytes)} of it are wanted for what leaves the device: name a "
-        "smaller host_budget."
+        "smaller host_budget.",
+        tier=HOST,
     )
