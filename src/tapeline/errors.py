@@ -5,7 +5,7 @@ Every class carries the exit code that the command line ends with.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 
 
@@ -56,9 +56,16 @@ class OutOfMemoryError(TapelineError):
 
 
 class TierError(TapelineError, RuntimeError):
-    """Bytes could not be moved to the host or the disk, or back; nothing that was computed is lost."""
+    """Bytes could not be moved to the host or the disk, or back.
+
+    Weights, the optimizer and torch's random state are as they were before the forward; gradients may have been added up in part.
+
+    Attributes:
+        undo: puts the random state back.
+    """
 
     exit_code = 5
+    undo: Callable[[], None] | None = None
 
 
 class FullTierError(TierError):

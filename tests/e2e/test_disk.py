@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -13,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import tapeline
-from tapeline.errors import FullTierError
-from tests.runtime.tiers.models import are_equal, gradients, loss_of, model_and_batch
+from tapeline.errors import FullTierError, TierError
+from tests.runtime.tiers.models import WIDTH, Block, are_equal, gradients, loss_of, model_and_batch
 
 ROOT = Path(__file__).parents[2]
 BUDGET = 120_000_000
@@ -114,3 +117,60 @@ def test_a_full_disk_is_said_before_anything_is_computed(small_disk: Path) -> No
         assert are_equal(model, expected)
         assert session.report().is_within_budget
     assert not list(small_disk.iterdir())
+
+
+class Dropping(nn.Module):
+    """A block that draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(nn.functional.dropout(x, 0.3))
+
+
+@pytest.mark.parametrize("call", ["pwrite", "preadv"])
+def test_a_disk_that_fails_leaves_weights_optimizer_and_random_state_as_they_were(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(3)
+    model, batch = nn.Sequential(*(Dropping() for _ in range(5))).train(), torch.randn(400, WIDTH)
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step() -> None:
+        model(batch).square().mean().backward()
+
+    options: dict[str, Any] = {"loss_fn": lambda model, batch: model(batch).square().mean(), "optimizer": optimizer}
+    session = tapeline.fit(
+        model, batch, mode="offload", disk_budget="1GiB", offload_dir=tmp_path, measure=False, **options
+    )
+    step()
+    optimizer.step()
+    optimizer.zero_grad()
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    state, real, calls = torch.get_rng_state(), getattr(os, call), iter(range(100))
+
+    def fails_at_the_third(*arguments: Any) -> int:
+        if next(calls) >= 2:
+            raise OSError(5, "Input/output error")
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fails_at_the_third)
+        with pytest.raises(TierError, match=r"Cannot (write|read) in .*: Input/output error"):
+            step()
+    assert torch.equal(state, torch.get_rng_state())
+    after = model.state_dict(), optimizer.state_dict()["state"]
+    assert all(torch.equal(a, b) for a, b in zip(tree_leaves(before), tree_leaves(after), strict=True))
+    session.remove()
+    optimizer.zero_grad()
+    step()
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    torch.set_rng_state(state)
+    optimizer.zero_grad()
+    step()
+    assert all(
+        torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), found, strict=True) if p.grad is not None
+    )
+    assert not list(tmp_path.iterdir())

@@ -17,18 +17,16 @@ _LOCK = threading.RLock()
 """The default generators are shared by all threads: one replay at a time may set them back."""
 
 
-class Ambient:
-    """The state of the generators when it was made, and the settings of then.
+class RandomState:
+    """The state of torch's generators when it was made.
 
     Args:
-        settings: the surroundings of the call.
-        tensors: the arguments of the call; the generators of their devices are noted beside the CPU's.
+        tensors: the generators of their devices are noted beside the CPU's.
     """
 
-    __slots__ = ("cpu_state", "device_states", "device_type", "devices", "settings")
+    __slots__ = ("cpu_state", "device_states", "device_type", "devices")
 
-    def __init__(self, settings: Surroundings, tensors: Sequence[torch.Tensor]) -> None:
-        self.settings = settings
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self.cpu_state = torch.default_generator.get_state()
         self.devices: list[int] = []
         self.device_states: list[torch.Tensor] = []
@@ -38,6 +36,27 @@ class Ambient:
             self.device_type = on_device[0].device.type
             self.devices, self.device_states = get_device_states(*on_device)
 
+    def put_back(self) -> None:
+        """Let the generators be as they were then."""
+        torch.set_rng_state(self.cpu_state)
+        if self.devices:
+            set_device_states(self.devices, self.device_states, device_type=self.device_type)
+
+
+class Ambient(RandomState):
+    """The state of the generators when it was made, and the settings of then.
+
+    Args:
+        settings: the surroundings of the call.
+        tensors: the arguments of the call.
+    """
+
+    __slots__ = ("settings",)
+
+    def __init__(self, settings: Surroundings, tensors: Sequence[torch.Tensor]) -> None:
+        super().__init__(tensors)
+        self.settings = settings
+
     @contextmanager
     def random_state(self) -> Iterator[None]:
         """Draw as the call drew, and put today's state back."""
@@ -45,9 +64,7 @@ class Ambient:
             yield
             return
         with _LOCK, torch.random.fork_rng(self.devices, device_type=self.device_type or "cuda"):
-            torch.set_rng_state(self.cpu_state)
-            if self.devices:
-                set_device_states(self.devices, self.device_states, device_type=self.device_type)
+            self.put_back()
             yield
 
     @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tapeline.errors import PlanDriftError
+from tapeline.errors import PlanDriftError, TierError
 from tapeline.runtime.ambient import Ambient
 from tapeline.runtime.guard import changed
 from tapeline.runtime.inputs import Away
@@ -317,7 +317,17 @@ def unpack(packed: Any) -> torch.Tensor:
 
     Raises:
         RuntimeError: if a tensor that was kept has been changed in place since; autograd does not look when hooks are set.
+        TierError: if a tensor that was moved cannot be had; the random state is then as it was before the forward.
     """
+    try:
+        return _unpacked(packed)
+    except TierError as error:
+        if error.undo is not None:  # outside of every replay, which would put its own state back
+            error.undo()
+        raise
+
+
+def _unpacked(packed: Any) -> torch.Tensor:
     while type(packed) is Late:
         packed.is_unpacked = True
         packed = packed.packed

@@ -10,12 +10,15 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from tapeline.errors import TierError
+from tapeline.runtime.ambient import RandomState
 from tapeline.runtime.guard import changed
 from tapeline.runtime.tiers.tier import Tier
 from tapeline.tape.graph import Geometry
@@ -50,7 +53,7 @@ class Moved:
                 self.call.begin_backward()
                 if not self.transfer.look():
                     raise RuntimeError(self._changed())
-                with torch.no_grad():
+                with torch.no_grad(), self.mover.undoing():
                     bytes_ = self.tier.engine.take(self.transfer)
                     self._tensor = self.geometry.apply(bytes_.view(self.geometry.dtype))
             return self._tensor
@@ -113,8 +116,9 @@ class MovedCall:
         """
         self._has_ended = True
         if (before := self.before()) is not None:
-            for moved in before.members():
-                moved.tier.engine.let_go(moved.transfer)
+            with self.mover.undoing():
+                for moved in before.members():
+                    moved.tier.engine.let_go(moved.transfer)
         for tensor in tensor_leaves(out):
             if tensor.grad_fn is not None:
                 tensor.grad_fn.register_prehook(self._on_gradient)
@@ -173,8 +177,19 @@ class Mover:
             for held in (*self.model.parameters(), *self.model.buffers())
             for tensor in (held, *(part for _, part in attached(held)))
         }
+        self._random_state = RandomState([tensor for tensor in self.model.parameters() if not tensor.is_cpu][:1])
         self._known = {key: known for key, known in self._known.items() if known[2]() is not None}
         self._before = {name: (tier.engine.bytes_out, tier.engine.bytes_back) for name, tier in self.tiers.items()}
+
+    @contextmanager
+    def undoing(self) -> Iterator[None]:
+        """On an error, the random state is that of the last forward's beginning; who leaves a replay has to do it again."""
+        try:
+            yield
+        except TierError as error:
+            error.undo = self._random_state.put_back
+            error.undo()
+            raise
 
     def since_forward(self, name: str) -> tuple[int, int]:
         """Bytes that left the device for a tier, and came back, since the last training forward began."""
@@ -211,7 +226,8 @@ class Mover:
         original = tensor.detach()
         with torch.no_grad():
             flat = original.as_strided((num_bytes // tensor.element_size(),), (1,), 0).view(torch.uint8)
-        transfer = tier.engine.send(flat, original, call.block)
+        with self.undoing():
+            transfer = tier.engine.send(flat, original, call.block)
         if transfer is None:
             self.stayed[f"the {name} has no room for it"] += 1
             return None
