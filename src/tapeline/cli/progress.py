@@ -112,5 +112,6 @@ def _promise(result: Result) -> str:
         rows.append(("largest deviation from a prediction", format_deviation(worst)))
     if report.measured_reserved_bytes is not None:
         rows.append(("reserved by the allocator", format_bytes(report.measured_reserved_bytes)))
+    rows += [row for tier in result.report.tiers for row in tier.rows()]
     table = text_table(("promise and measurement", "bytes"), rows)
     return "\n".join([table, *(f"note: {note}" for note in report.notes)])
