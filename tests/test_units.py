@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tapeline.errors import UsageError
-from tapeline.units import Budget, format_bytes, format_flops, parse_budget, parse_bytes
+from tapeline.units import Budget, format_bytes, format_flops, is_zero, parse_budget, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -60,3 +60,13 @@ def test_bytes_survive_text(num_bytes: int) -> None:
 def test_flops_are_written_for_people() -> None:
     assert format_flops(2.5e12) == "2.5 TFLOP"
     assert format_flops(3e18) == "3e+03 PFLOP"
+
+
+@pytest.mark.parametrize("text", [0, "0", "0%", " 0 GiB", "0.0", "00 %"])
+def test_nothing_can_be_written_as_a_size(text: str | int) -> None:
+    assert is_zero(text)
+
+
+@pytest.mark.parametrize("text", [1, "", "%", ".", "10", "0.5%", "5%", "auto", "GiB", "0 parsec"])
+def test_what_is_not_nothing(text: str | int) -> None:
+    assert not is_zero(text)

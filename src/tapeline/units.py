@@ -73,6 +73,14 @@ def parse_bytes(text: str) -> int:
     return _positive_bytes(_number(number, text) * BYTES_PER_UNIT[canonical], text)
 
 
+def is_zero(text: str | int) -> bool:
+    """Whether a size or a share is written as nothing: ``0``, ``"0%"``, ``"0GiB"``."""
+    match = _QUANTITY.fullmatch(str(text).strip().removesuffix("%").strip())
+    if match is None or match.group(2).lower() not in {"", *(unit.lower() for unit in BYTES_PER_UNIT)}:
+        return False
+    return not match.group(1).strip("0.") and "0" in match.group(1)
+
+
 def format_bytes(num_bytes: float) -> str:
     """Write bytes for people: ``1536`` is ``'1.50 KiB'``."""
     if abs(num_bytes) < 1024:

@@ -140,7 +140,9 @@ def test_on_infeasible_warn_gives_the_smallest_plan(llama: TinyModel) -> None:
 def test_margin_is_taken_off_the_budget(llama: TinyModel) -> None:
     assert plan_for(llama, "10MiB", margin="1MiB").budget_bytes == 9 * 2**20
     assert plan_for(llama, "10MiB", margin="10%").budget_bytes == 9 * 2**20
+    assert plan_for(llama, "10MiB", margin=0).budget_bytes == 10 * 2**20
     assert (plan_for(llama).budget_bytes or 0) > 100 * 2**20  # automatic
+    assert plan_for(llama, margin="0%").margin_bytes == 0 < plan_for(llama).margin_bytes
 
 
 def test_optimizer_state_and_accumulation_are_counted(llama: TinyModel) -> None:

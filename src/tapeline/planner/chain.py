@@ -8,7 +8,7 @@ long as the link is quicker than the forward, and than the backward; beyond that
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import highspy
 
@@ -54,6 +54,14 @@ class Link:
     overflow: Link | None = None
     """Where the rest goes when there is no room."""
 
+    def wait_flops(self, moved_bytes: int, num_moved: int) -> float:
+        """Operations that the device could do while it waits in a step that moves so much."""
+        spilled = 0 if self.overflow is None else max(0, moved_bytes - self.room_bytes)
+        copies, here = self.copy_flops * num_moved, moved_bytes - spilled
+        waits = max(0.0, self.out_flops * here + copies - self.forward_flops)
+        waits += max(0.0, self.back_flops * here + copies - self.backward_flops)
+        return waits + (0.0 if self.overflow is None else self.overflow.wait_flops(spilled, 0))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chain:
@@ -67,6 +75,12 @@ class Chain:
     """All options."""
     link: Link | None = None
     """Where moved bytes go; ``None``: no option moves any."""
+
+    def without_moves(self) -> Chain:
+        """The same with everything on the device."""
+        if self.link is None:
+            return self
+        return replace(self, link=None, options=tuple(option for option in self.options if not option.moved_bytes))
 
     def peak_bytes(self, chosen: Sequence[Option]) -> int:
         """Largest number of bytes alive at any point under a choice."""

@@ -107,6 +107,18 @@ class Candidates:
             found[tier] = max(size, found.get(tier, 0))
         return found
 
+    def cost(self, blocks: Blocks) -> float:
+        """Operations of a micro-batch, and what the device could do while it waits for links."""
+        profile, count = self.profile(blocks), self.step.accumulation
+        flops = profile.flops / count
+        if self.below is None or not profile.moved_bytes:
+            return flops
+        moved, copies = (
+            sum(profile.moved_bytes.values()) // count,
+            sum(len(self.moved_sizes(block)) for block in blocks),
+        )
+        return flops + self.below.link(self.recorded, self.step).wait_flops(moved, copies)
+
     def uniform(self, policy: Policy) -> Blocks:
         """The same policy for all blocks that it can apply to."""
         return tuple(self._place(name, policy) for name in self.names)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from tapeline.errors import InfeasibleBudgetError
-from tapeline.planner.chain import smallest, solve
+from tapeline.planner.chain import Chain, smallest, solve
 from tapeline.planner.policy import CHEAP, KEEP, LEAST, RECOMPUTE
 from tapeline.planner.schema import Alternative, Plan
 from tapeline.runtime.candidates import Blocks, Candidates
@@ -15,6 +15,7 @@ from tapeline.units import format_bytes
 logger = logging.getLogger(__name__)
 
 _MAX_CORRECTIONS = 6
+_CLOSE = 0.02
 
 
 def choose(candidates: Candidates, mode: str, segment_length: int | None, limit: int | None) -> Blocks:
@@ -67,25 +68,57 @@ def _cheap(candidates: Candidates, limit: int) -> Blocks:
 
 
 def _cheapest(candidates: Candidates, limit: int) -> Blocks:
-    """The placements with the fewest recomputed operations that fit, checked by running them."""
+    """The placements that take the least time and fit, checked by running them: recomputing, and waiting for links.
+
+    Where there is a tier below, they are looked for without it as well, so that room there never makes a step slower.
+    """
     if candidates.fits(candidates.keep_all(), limit):
         return candidates.keep_all()
-    target = limit
+    chain = candidates.chain()
+    found = [_solved(candidates, chain.without_moves(), limit)]
+    if found[0] is None:
+        found.append(_first(candidates, limit, (candidates.recompute_all(), candidates.uniform(LEAST))))
+    if candidates.below is not None:
+        found += [_solved(candidates, chain, limit), _first(candidates, limit, _moved(candidates))]
+    fitting = [blocks for blocks in found if blocks is not None]
+    if fitting:
+        return min(fitting, key=candidates.cost)
+    segments = (*candidates.all_segments(), *candidates.all_segments(LEAST))
+    if (blocks := _first(candidates, limit, segments)) is not None:
+        return blocks
+    raise _infeasible(candidates, limit)
+
+
+def _solved(candidates: Candidates, chain: Chain, limit: int) -> Blocks | None:
+    """A solution of the choice problem that fits when it is run, the cheapest that was met.
+
+    What is composed may need more when it is run, above all in the first step, in which blocks are recorded: the problem is solved
+    again for less. Where tensors are moved, less is so much cheaper for the device that this goes too far: then the
+    middle is tried.
+    """
+    target, most, least = limit, limit, None
+    best: Blocks | None = None
     for _ in range(_MAX_CORRECTIONS):
-        found = solve(candidates.chain(), target)
+        found = solve(chain, target)
         if found is None:
             break
         blocks = candidates.from_options(found)
         excess = candidates.peak(blocks) - limit
         if excess <= 0 and candidates.has_room(blocks):
-            return blocks
-        logger.debug("composed plan is %d bytes above the budget when run: solving again", excess)
-        target -= max(1, excess)
-    below = (candidates.recompute_all(), candidates.uniform(LEAST), *candidates.all_segments())
-    for blocks in (*below, *candidates.all_segments(LEAST), *_moved(candidates)):
-        if candidates.fits(blocks, limit):
-            return blocks
-    raise _infeasible(candidates, limit)
+            if best is None or candidates.cost(blocks) < candidates.cost(best):
+                best = blocks
+            if chain.link is None or most - target <= _CLOSE * limit:
+                break
+            least = target
+        else:
+            logger.debug("composed plan is %d bytes above the budget when run: solving again", excess)
+            most = target
+        target = most - max(1, excess) if least is None else (least + most) // 2
+    return best
+
+
+def _first(candidates: Candidates, limit: int, tried: Iterable[Blocks]) -> Blocks | None:
+    return next((blocks for blocks in tried if candidates.fits(blocks, limit)), None)
 
 
 def _moved(candidates: Candidates) -> Iterator[Blocks]:

@@ -34,6 +34,7 @@ from tapeline.runtime.tiers.shadow import ShadowMachine, ShadowStore
 from tapeline.runtime.tiers.tier import Tier
 from tapeline.tape.beside import Beside, Demand, no_draws, own_autocast
 from tapeline.tape.fake import ShapeMode, fake_batch, fake_copy, preserved_random_state
+from tapeline.tape.kernels import without_launches
 from tapeline.tape.rules import Rules
 
 OptimizerSpec = torch.optim.Optimizer | str | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None
@@ -160,6 +161,7 @@ class FakeStep:
             torch.inference_mode(mode=False),
             preserved_random_state(self._note_draw) if self.mode.beside is None else own_autocast(self._autocast),
             self.mode,
+            without_launches(),
             torch.enable_grad(),
             _quiet("transformers", "torch._subclasses.fake_tensor"),
         ):

@@ -24,7 +24,7 @@ from tapeline.runtime.shapes import Shape, named_tensors, shape_of
 from tapeline.runtime.step import LossFn, model_loss
 from tapeline.runtime.wanted import Wanted
 from tapeline.tape.beside import has_outer_state
-from tapeline.units import Budget, parse_budget
+from tapeline.units import Budget, is_zero, parse_budget
 
 logger = logging.getLogger(__name__)
 
@@ -247,7 +247,7 @@ def _limit(candidates: Candidates, budget: Budget | None, margin: str | int | No
         limit = available_bytes(candidates.step.device) + candidates.kept.points[0].start_bytes
     if margin is None and (budget.auto or candidates.step.device.type != "cpu"):
         margin = _MARGIN  # an allocator reserves more than tensors have
-    spare = parse_budget(margin)
+    spare = None if margin is None or is_zero(margin) else parse_budget(margin)
     if spare is None:
         return limit, 0
     if spare.auto:

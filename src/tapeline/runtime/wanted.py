@@ -11,7 +11,7 @@ from tapeline.planner.schema import parse_mode
 from tapeline.runtime.predict import OptimizerSpec
 from tapeline.runtime.step import LossFn, model_loss
 from tapeline.tape.rules import Rules
-from tapeline.units import parse_bytes
+from tapeline.units import is_zero, parse_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,16 +67,20 @@ class Wanted:
 
     @property
     def reserve_bytes(self) -> int:
-        return parse_bytes(str(self.reserve)) if self.reserve else 0
+        return _size(self.reserve)
 
     @property
     def host_bytes(self) -> int:
-        return parse_bytes(str(self.host_budget)) if self.host_budget else 0
+        return _size(self.host_budget)
 
     @property
     def disk_bytes(self) -> int:
-        return parse_bytes(str(self.disk_budget)) if self.disk_budget else 0
+        return _size(self.disk_budget)
 
     def rules(self) -> Rules:
         """What is to be kept or dropped whatever the mode."""
         return Rules(tuple(self.keep), tuple(self.drop))
+
+
+def _size(text: str | int | None) -> int:
+    return 0 if text is None or is_zero(text) else parse_bytes(str(text))
