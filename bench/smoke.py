@@ -110,7 +110,7 @@ QUICK = replace(
 # -- what is run -------------------------------------------------------------------------------------------------------
 
 
-def build(config: Config, device: torch.device, *, lora: bool) -> nn.Module:
+def build(config: Config, device: torch.device, *, lora: bool, lora_r: int = LORA_R) -> nn.Module:
     """A Llama in bfloat16 with random weights; with adapters in float32 that are not zero, so that every path has a gradient."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -127,7 +127,7 @@ def build(config: Config, device: torch.device, *, lora: bool) -> nn.Module:
     with device:
         model: nn.Module = AutoModelForCausalLM.from_config(llama, dtype=torch.bfloat16)
         if lora:
-            model = add_lora(model, r=LORA_R, alpha=LORA_ALPHA, dropout=0.0, target_modules="all-linear")
+            model = add_lora(model, r=lora_r, alpha=LORA_ALPHA, dropout=0.0, target_modules="all-linear")
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)
@@ -172,8 +172,8 @@ class Checkpoint:
 class Managed:
     """A session; while it is off, its blocks run their own forward."""
 
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
-        self.session = tapeline.apply(model, plan, measure=False)
+    def __init__(self, model: nn.Module, plan: Plan, *, offload_dir: Path | None = None) -> None:
+        self.session = tapeline.apply(model, plan, measure=False, offload_dir=offload_dir)
         forwards = ((module, vars(module).get("forward")) for module in model.modules())
         self._forwards = [(module, own) for module, own in forwards if isinstance(own, InstanceForward)]
         self.switch(on=False)

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import replace
 
 import pytest
 
 from tapeline.errors import UsageError
-from tapeline.planner.policy import RECOMPUTE
-from tapeline.planner.schema import Alternative, BlockPlan, Plan, parse_mode
+from tapeline.planner.policy import CHEAP, KEEP, LEAST, RECOMPUTE, Policy
+from tapeline.planner.schema import SCHEMA_VERSION, Alternative, BlockPlan, Placement, Plan, parse_mode
 
 BLOCK = BlockPlan(name="layers.0", kind="Layer", policy=RECOMPUTE, input="device", held_bytes=10, recompute_flops=5)
 PLAN = Plan(
@@ -29,6 +30,43 @@ PLAN = Plan(
 
 def test_a_plan_survives_json() -> None:
     assert Plan.from_json(PLAN.to_json()) == PLAN
+
+
+MOVES: list[tuple[Policy, Placement]] = [
+    (RECOMPUTE, "disk"),
+    (replace(KEEP, disk=("*",)), "device"),
+    (replace(CHEAP, host=("mlp", "softmax"), disk=("self_attn",)), "host"),
+    (replace(LEAST, host=("*",)), "recompute"),
+]
+
+
+def test_a_plan_that_moves_tensors_survives_json() -> None:
+    blocks = tuple(
+        replace(BLOCK, name=f"layers.{number}", policy=policy, input=source, ahead_bytes=2**40 + number)
+        for number, (policy, source) in enumerate(MOVES)
+    )
+    plan = replace(
+        PLAN,
+        mode="offload",
+        blocks=blocks,
+        host_bytes=2**35,
+        disk_bytes=2**41,
+        in_flight_bytes=2**20,
+        moved={"host": 2**34, "disk": 2**39},
+    )
+    read = Plan.from_json(plan.to_json())
+    assert read == plan
+    assert [type(block.policy) for block in read.blocks] == [Policy] * len(MOVES)
+    assert not read.keeps_all
+    assert read.moved_bytes == 2**34 + 2**39
+
+
+def test_a_plan_of_an_earlier_release_is_refused_before_its_fields_are_looked_at() -> None:
+    for version in (1, SCHEMA_VERSION - 1, SCHEMA_VERSION + 1, None):
+        with pytest.raises(
+            UsageError, match=f"schema version {version}, this release reads {SCHEMA_VERSION}: make the"
+        ):
+            Plan.from_json(json.dumps({"schema_version": version, "mode": "auto"}))
 
 
 def test_a_plan_is_frozen() -> None:
