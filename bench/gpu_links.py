@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tapeline.cost.disk import measure_disk
-from tapeline.cost.measure import Clock, _links
+from tapeline.cost.measure import Clock, links
 
 _SECONDS = 0.2
 _DISK_SECONDS = 2.0
@@ -29,7 +29,7 @@ def link_rows(device: torch.device, sizes: Sequence[int], folder: Path) -> list[
 
 def _host_row(device: torch.device, size: int) -> dict[str, Any]:
     """Each direction alone, and both at once relative to one of them (from 1, one after the other, to 2)."""
-    found = _links(Clock(device, _SECONDS), size)
+    found = links(Clock(device, _SECONDS), size)
     return {
         "link": "host",
         "bytes": size,

@@ -11,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tapeline
+from tapeline.errors import UnsupportedModelError
 from tapeline.tape import kernels
 from tapeline.tape.kernels import without_launches
 
@@ -120,3 +121,19 @@ def test_kernels_with_real_tensors_run_beside_and_the_launcher_is_put_back_last(
     assert results == ["launched"]
     assert target.tolist() == [2.0] * 4
     assert kernel.run is run
+
+
+def test_asking_for_the_address_of_a_tensor_without_data_is_an_error() -> None:
+    class Addressed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            assert x.data_ptr()
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+            return grads[0]
+
+    model = nn.Sequential(*(Block(Addressed) for _ in range(2)))
+    with pytest.raises(UnsupportedModelError, match="Cannot access data pointer"):
+        tapeline.plan(model, torch.randn(8, WIDTH), mode="cheap", loss_fn=loss_of)

@@ -108,6 +108,7 @@ def test_a_plan_that_is_saved_with_the_result_says_where_tensors_went(
 WRONG: list[tuple[dict[str, Any], int, str]] = [
     ({"mode": "offload"}, 2, 'on a CPU that is the disk: say how much of it with disk_budget="20GiB"'),
     ({"mode": "offload", "disk_budget": "1GiB"}, 2, "disk_budget says how much; say where with offload_dir"),
+    ({"offload_dir": "."}, 2, "offload_dir says where; say how much with disk_budget"),
     ({"disk_budget": "1GiB"}, 2, "disk_budget says how much; say where with offload_dir"),
     ({"mode": "offload", "disk_budget": "1GiB", "offload_dir": "/nowhere"}, 5, "/nowhere"),
     ({"mode": "offload", "disk_budget": "1GiB", "offload_dir": __file__}, 5, __file__),

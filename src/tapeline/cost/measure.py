@@ -100,7 +100,7 @@ def measure_device(
         found["attention_backward_share"] = backward / found["matmul_flops"][sizes.attention_dtype]
         found["memory_bandwidth"] = _memory_bandwidth(clock, sizes.memory_bytes)
         found["op_seconds"] = _op_seconds(clock)
-        found |= _links(clock, sizes.copy_bytes)
+        found |= links(clock, sizes.copy_bytes)
     if disk is not None:
         found |= {"disk_read_bandwidth": disk.read_bandwidth, "disk_write_bandwidth": disk.write_bandwidth}
     return _measured(entry, found)
@@ -191,7 +191,7 @@ def _op_seconds(clock: Clock) -> float:
     return clock.seconds_of(lambda: torch.add(one, one))
 
 
-def _links(clock: Clock, num_bytes: int) -> dict[str, float]:
+def links(clock: Clock, num_bytes: int) -> dict[str, float]:
     """Copies each way alone, and both at once on two streams; on a CPU one after the other."""
     module = torch.get_device_module(clock.device)
     here = [torch.ones(num_bytes, dtype=torch.uint8, device=clock.device) for _ in range(2)]

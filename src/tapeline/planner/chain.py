@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import highspy
 
 _LATE_TILT = 1e-7
-_MOVE_TILT = 1e-7
+_MOVE_TILT = 1e-5
 _SECONDS = 10.0
 
 
@@ -103,7 +103,8 @@ def solve(chain: Chain, budget_bytes: int) -> list[Option] | None:
     total = sum(option.flops for option in chain.options) or 1
     for column, option in enumerate(chain.options):
         tilt = _LATE_TILT * (chain.num_blocks - option.block) if option.kind == "keep" else 0.0
-        tilt += _MOVE_TILT * (1 + option.block) if option.moved_bytes else 0.0  # the first to leave are needed last
+        if option.moved_bytes:  # not without need, and the first to leave are needed last
+            tilt += _MOVE_TILT + _LATE_TILT * option.block
         model.highs.changeColCost(column, option.flops / total * chain.num_blocks + tilt)
     if chain.link is not None:
         model.add_link(chain.link, chain.num_blocks / total)

@@ -141,14 +141,18 @@ class Candidates:
         return tuple(blocks)
 
     def offloaded(self, policy: Policy = RECOMPUTE) -> Blocks:
-        """Every input below the device but the last block's, which is needed at once; the rest as `policy` says."""
+        """Every input below the device but the last block's, which is needed at once; the rest as `policy` says.
+
+        Where a block's replay starts from something else, such as a copy of its input that autocast has made, that is moved.
+        """
         assert self.below is not None, "asked for where there is a tier"
         blocks = [self._place(name, policy, self.below.name) for name in self.names]
+        blocks = [b if self.moved_sizes(b) else self._moved(b.name, policy, "all") for b in blocks]
         left = sum(tier.room_bytes for tier in self.below.tiers)
         for number, block in enumerate(blocks):
             left -= self._moved_bytes(block)
             if left < 0 or number == len(blocks) - 1:
-                blocks[number] = replace(block, input="device")
+                blocks[number] = self._place(block.name, policy)
         return self._spilled(tuple(blocks))
 
     def moving(self, policy: Policy, num_blocks: int) -> Blocks:

@@ -10,12 +10,13 @@ from tapeline.planner.chain import Chain, smallest, solve
 from tapeline.planner.policy import CHEAP, KEEP, LEAST, RECOMPUTE
 from tapeline.planner.schema import Alternative, Plan
 from tapeline.runtime.candidates import Blocks, Candidates
+from tapeline.runtime.moving import LEAST_BYTES
 from tapeline.units import format_bytes
 
 logger = logging.getLogger(__name__)
 
 _MAX_CORRECTIONS = 6
-_CLOSE = 0.02
+_CLOSE = 0.01
 
 
 def choose(candidates: Candidates, mode: str, segment_length: int | None, limit: int | None) -> Blocks:
@@ -75,11 +76,15 @@ def _cheapest(candidates: Candidates, limit: int) -> Blocks:
     if candidates.fits(candidates.keep_all(), limit):
         return candidates.keep_all()
     chain = candidates.chain()
-    found = [_solved(candidates, chain.without_moves(), limit)]
-    if found[0] is None:
-        found.append(_first(candidates, limit, (candidates.recompute_all(), candidates.uniform(LEAST))))
+    found: list[Blocks | None] = []
     if candidates.below is not None:
-        found += [_solved(candidates, chain, limit), _first(candidates, limit, _moved(candidates))]
+        found.append(_solved(candidates, chain, limit))
+        if found[0] is not None and candidates.cost(found[0]) <= (1 + _CLOSE) * candidates.cost(candidates.keep_all()):
+            return found[0]
+        found.append(_first(candidates, limit, _moved(candidates)))
+    found.append(_solved(candidates, chain.without_moves(), limit))
+    if found[-1] is None:
+        found.append(_first(candidates, limit, (candidates.recompute_all(), candidates.uniform(LEAST))))
     fitting = [blocks for blocks in found if blocks is not None]
     if fitting:
         return min(fitting, key=candidates.cost)
@@ -107,7 +112,8 @@ def _solved(candidates: Candidates, chain: Chain, limit: int) -> Blocks | None:
         if excess <= 0 and candidates.has_room(blocks):
             if best is None or candidates.cost(blocks) < candidates.cost(best):
                 best = blocks
-            if chain.link is None or most - target <= _CLOSE * limit:
+            is_free = candidates.cost(best) <= (1 + _CLOSE) * candidates.cost(candidates.keep_all())
+            if chain.link is None or is_free or most - target <= _CLOSE * limit:
                 break
             least = target
         else:
@@ -168,7 +174,10 @@ def finished(candidates: Candidates, mode: str, chosen: Blocks, limit: int | Non
     notes = list(candidates.notes())
     rooms = candidates.rooms(chosen)
     if candidates.below is not None and not profile.moved_bytes:
-        notes.append(f"nothing is moved to the {candidates.below.name}: the budget is kept without")
+        room = format_bytes(sum(tier.room_bytes for tier in candidates.below.tiers))
+        reason = f"it has room for {room}, and tensors under {format_bytes(LEAST_BYTES)} stay"
+        reason = "the budget is kept without" if mode != "offload" else reason
+        notes.append(f"nothing is moved to the {candidates.below.name}: {reason}")
     if step.optimizer is None:
         notes.append("no optimizer was given: its state is not counted")
     if not candidates.names:

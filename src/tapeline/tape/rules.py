@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from tapeline.errors import UsageError, did_you_mean
-from tapeline.tape.graph import Op, Tape
+from tapeline.tape.graph import ARGUMENT, Op, Tape
 
 EVERYTHING = "*"
 
@@ -67,10 +67,22 @@ class Rules:
 
 
 def named_values(tape: Tape, names: Collection[str]) -> frozenset[int]:
-    """The saved values of a tape that are meant by names, those that the block returns left out."""
-    saved = {pack.value for pack in tape.packs}
+    """The saved values of a tape that are meant by names, without those that the block returns, and copies of weights."""
+    saved = {pack.value for pack in tape.packs} - _of_weights(tape)
     made = (value for op in tape.ops if any(matches(name, op) for name in names) for value in op.makes)
     return frozenset(value for value in made if value in saved and not tape.values[value].is_output)
+
+
+def _of_weights(tape: Tape) -> set[int]:
+    """What is made of weights and tables alone, whatever the block is called with: casts, and weights unpacked."""
+    found = {value.index for value in tape.values if value.source is not None and value.source.kind != ARGUMENT}
+    others = {value.index for value in tape.values if value.source is not None and value.source.kind == ARGUMENT}
+    for op in tape.ops:
+        if not others.isdisjoint(op.reads):
+            others.update(op.makes)
+        elif not found.isdisjoint(op.reads):
+            found.update(op.makes)
+    return found - others
 
 
 def matches(name: str, op: Op) -> bool:

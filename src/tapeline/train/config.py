@@ -10,7 +10,7 @@ from typing import Any
 
 from tapeline.errors import UsageError, did_you_mean
 from tapeline.planner.schema import parse_mode
-from tapeline.units import parse_budget, parse_bytes
+from tapeline.units import is_zero, parse_budget, parse_bytes
 
 DEMO = "demo"
 BYTES = "bytes"
@@ -115,12 +115,14 @@ class TrainConfig:
     def _check_memory(self) -> None:
         parse_budget(self.budget)
         parse_mode(self.mode)
-        parse_budget(self.margin or None)
+        parse_budget(None if not self.margin or is_zero(self.margin) else self.margin)
         for size in (self.host_budget, self.disk_budget):
             if size:
                 parse_bytes(size)
         if self.disk_budget and not self.offload_dir:
             raise UsageError("disk_budget says how much; say where with offload_dir (a folder that exists).")
+        if self.offload_dir and not self.disk_budget:
+            raise UsageError("offload_dir says where; say how much with disk_budget, such as 100GiB.")
 
     def _require(self, name: str, *, minimum: int) -> None:
         if getattr(self, name) < minimum:

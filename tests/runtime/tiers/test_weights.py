@@ -81,11 +81,8 @@ def test_under_autocast_gradients_are_equal(way: str, tmp_path: Path, *, cache: 
     train_under_autocast(way, tmp_path, cache=cache)
 
 
-MOVED_WITH_ALL = pytest.mark.xfail(strict=True, reason="copies of weights are moved with all that is saved")
-
-
 @pytest.mark.parametrize("cache", [True, False], ids=["cached", "not cached"])
-@pytest.mark.parametrize("way", ["inputs", "what is held", pytest.param("everything", marks=MOVED_WITH_ALL)])
+@pytest.mark.parametrize("way", ["inputs", "what is held", "everything"])
 def test_copies_of_weights_that_autocast_makes_stay(
     way: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, cache: bool
 ) -> None:
@@ -139,10 +136,7 @@ def test_a_quantised_model_has_equal_gradients(base: str, way: str, tmp_path: Pa
     train_quantised(base, way, tmp_path)
 
 
-UNPACKED = pytest.mark.xfail(strict=True, reason="weights that torchao unpacks are held in every mode, and moved")
-
-
-@pytest.mark.parametrize("base", [BASES[0], *(pytest.param(base, marks=UNPACKED) for base in BASES[1:])])
+@pytest.mark.parametrize("base", BASES)
 def test_weights_that_were_quantised_stay(base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     sent = note_sent(monkeypatch)
     model = train_quantised(base, "what is held", tmp_path)
