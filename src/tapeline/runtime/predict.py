@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._functorch import config
 from torch.optim.optimizer import _default_to_fused_or_foreach
 from torch.utils._pytree import tree_leaves
 
@@ -163,9 +162,6 @@ class FakeStep:
             preserved_random_state(self._note_draw) if self.mode.beside is None else own_autocast(self._autocast),
             self.mode,
             without_launches(),
-            config.patch(
-                fake_tensor_allow_unsafe_data_ptr_access=False
-            ),  # a kernel would be launched with the address 0
             torch.enable_grad(),
             _quiet("transformers", "torch._subclasses.fake_tensor"),
         ):

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import nn
+from torch._functorch import config
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -63,7 +64,8 @@ class ShapeMode(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=False)
+        with config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):  # a kernel would be given the address 0
+            self.fake_mode = FakeTensorMode(allow_non_fake_inputs=False)
         self.assumes_scalars = False
         """Answer the value of a fake scalar with 1, as an optimizer may ask for it; forwards must not."""
         self.beside: Beside | None = None
