@@ -30,8 +30,11 @@ MACHINES = [
     "threads",
     "disk",
     "staged",
-    pytest.param(
-        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+    *(
+        pytest.param(
+            kind, marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+        )
+        for kind in ("cuda", "cuda staged")
     ),
 ]
 NUM_SCHEDULES, NUM_SLOW = 300, 10_000
@@ -42,16 +45,19 @@ class Bench:
 
     def __init__(self, kind: str, folder: Path, *, in_flight: int = 1 << 20, room: int = 1 << 20) -> None:
         self.kind = kind
-        self.device = torch.device("cuda" if kind == "cuda" else "cpu")
+        self.device = torch.device("cuda" if "cuda" in kind else "cpu")
         self.machine: Any = {
             "simulated": SimulatedMachine,
             "threads": ThreadMachine,
             "disk": ThreadMachine,
             "staged": lambda: StagedMachine(StillAccelerator()),  # type: ignore[arg-type]
             "cuda": lambda: accelerator_machine(torch.device("cuda", 0)),
+            "cuda staged": lambda: StagedMachine(accelerator_machine(torch.device("cuda", 0))),
         }[kind]()
-        is_file = kind in ("disk", "staged")
-        self.places: Any = DiskFile(folder, room, has_checksums=True) if is_file else HostSlab(room, self.device)
+        is_file = "disk" in kind or "staged" in kind
+        self.places: Any = (
+            DiskFile(folder, room, self.device, has_checksums=True) if is_file else HostSlab(room, self.device)
+        )
         self.engine = Engine(self.machine, self.places, most_in_flight=in_flight)
 
     def made(self, value: int, size: int = 5000) -> torch.Tensor:
