@@ -188,9 +188,7 @@ def kinds(link: Link, budget: int = 201) -> list[str]:
 def test_what_moves_for_nothing_is_moved_rather_than_recomputed() -> None:
     """And that of the first blocks, which leaves first and is needed last."""
     found = kinds(FREE)
-    assert "recompute" not in found
-    assert found[:2] == ["keep+all"] * 2
-    assert found[-1] == "keep"
+    assert found == ["keep+all", "keep+all", "keep", "keep"], "and no more than must be"
 
 
 def test_no_byte_more_is_moved_than_there_is_room_for() -> None:
@@ -220,3 +218,63 @@ def test_starting_a_copy_counts() -> None:
     without = replace(FREE, forward_flops=0.0, backward_flops=0.0)
     assert kinds(replace(without, copy_flops=4.0)).count("keep+all") == 2
     assert kinds(replace(without, copy_flops=6.0)).count("keep+all") == 0
+
+
+# -- and a tier below that ---------------------------------------------------------------------------------------------
+
+
+def cost_of_both(link: Link, choice: list[Option] | tuple[Option, ...]) -> float:
+    """The cost if what goes on to the second tier is chosen best: it is linear between the points where a wait begins."""
+    more, moved = link.overflow, moved_bytes(choice)
+    assert more is not None
+    starting = link.copy_flops * sum(option.num_moved for option in choice)
+    least, most = max(0, moved - link.room_bytes), more.room_bytes
+
+    def at(spilled: float) -> float:
+        waits = [
+            link.out_flops * (moved - spilled) + starting - link.forward_flops,
+            link.back_flops * (moved - spilled) + starting - link.backward_flops,
+            more.out_flops * spilled - more.forward_flops,
+            more.back_flops * spilled - more.backward_flops,
+        ]
+        return flops(choice) + sum(max(0.0, wait) for wait in waits)
+
+    turns = [float(least), float(most)]
+    for per_byte, hidden, is_first in (
+        (link.out_flops, link.forward_flops, True),
+        (link.back_flops, link.backward_flops, True),
+        (more.out_flops, more.forward_flops, False),
+        (more.back_flops, more.backward_flops, False),
+    ):
+        if per_byte:
+            turn = moved - (hidden - starting) / per_byte if is_first else hidden / per_byte
+            turns.append(min(max(turn, least), most))
+    return min(at(spilled) for spilled in turns)
+
+
+@settings(max_examples=100, deadline=None)
+@given(chains_with_a_link(), chains_with_a_link(), st.integers(min_value=1, max_value=7000))
+def test_with_two_tiers_the_solver_is_as_good_as_trying_everything(chain: Chain, other: Chain, budget: int) -> None:
+    assert chain.link is not None
+    link = replace(chain.link, overflow=other.link)
+    assert link.overflow is not None
+    room = link.room_bytes + link.overflow.room_bytes
+    fitting = [
+        choice for choice in all_choices(chain) if chain.peak_bytes(choice) <= budget and moved_bytes(choice) <= room
+    ]
+    chosen = solve(replace(chain, link=link), budget)
+    assert (chosen is None) == (not fitting)
+    if chosen is not None:
+        assert moved_bytes(chosen) <= room
+        least = min(cost_of_both(link, choice) for choice in fitting)
+        tolerance = 1e-5 * sum(o.flops for o in chain.options) + 1e-3
+        assert cost_of_both(link, chosen) == pytest.approx(least, rel=1e-5, abs=tolerance)
+
+
+def test_what_a_step_waits_for_is_what_each_link_takes_beyond_what_is_computed() -> None:
+    disk = replace(FREE, out_flops=2.0, back_flops=4.0, forward_flops=100.0, backward_flops=100.0)
+    host = replace(disk, room_bytes=100, out_flops=1.0, back_flops=1.0, copy_flops=5.0, overflow=disk)
+    assert host.wait_flops(90, 2) == 0
+    assert host.wait_flops(100, 2) == 10 + 10
+    assert host.wait_flops(200, 2) == 10 + 10 + 100 + 300
+    assert replace(host, overflow=None).wait_flops(200, 2) == 110 + 110
