@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -18,7 +19,7 @@ from tapeline.runtime.below import Below
 from tapeline.runtime.moving import LEAST_BYTES
 from tapeline.runtime.predict import FakeStep
 from tapeline.runtime.tiers.opening import ALIGNMENTS
-from tapeline.runtime.tiers.tier import HOST
+from tapeline.runtime.tiers.tier import DISK, HOST
 from tapeline.tape.graph import ARGUMENT, Source, Tape
 from tapeline.tape.options import block_graph
 from tapeline.tape.rules import EVERYTHING
@@ -148,12 +149,12 @@ class Candidates:
         assert self.below is not None, "asked for where there is a tier"
         blocks = [self._place(name, policy, self.below.name) for name in self.names]
         blocks = [b if self.moved_sizes(b) else self._moved(b.name, policy, "all") for b in blocks]
-        left = sum(tier.room_bytes for tier in self.below.tiers)
-        for number, block in enumerate(blocks):
-            left -= self._moved_bytes(block)
-            if left < 0 or number == len(blocks) - 1:
-                blocks[number] = self._place(block.name, policy)
-        return self._spilled(tuple(blocks))
+        for number in reversed(range(len(blocks))):  # the last one at least, and from there on as few as have room
+            blocks[number] = self._place(blocks[number].name, policy)
+            spilled = self._spilled(tuple(blocks))
+            if self._has_room_for(spilled):
+                return spilled
+        return tuple(blocks)
 
     def moving(self, policy: Policy, num_blocks: int) -> Blocks:
         """The policy for all blocks, with all that the first ones hold below the device."""
@@ -331,17 +332,20 @@ class Candidates:
             return blocks
         left, found = self.below.room_bytes, []
         for block in reversed(blocks):
-            left -= self._moved_bytes(block)
+            left -= self._moved_bytes(block, self.below.name)
             found.append(block if left >= 0 else _on_tier(block, self.below.overflow.name))
         return tuple(reversed(found))
 
-    def _moved_bytes(self, block: BlockPlan) -> int:
-        """What a block moves in a forward of the model, with what places are rounded up to."""
-        assert self.below is not None, "asked for where there is a tier"
-        num_calls, unit = (
-            self.recorded.blocks[block.name].num_calls // self.step.accumulation,
-            ALIGNMENTS[self.below.name],
-        )
+    def _has_room_for(self, blocks: Blocks) -> bool:
+        """Whether the sizes alone say that the tiers have room; running it says where they are put."""
+        sums = Counter[str]()
+        for block in blocks:
+            sums[_tier_of(block)] += self._moved_bytes(block, _tier_of(block))
+        return all(sums[tier.name] <= tier.room_bytes for tier in (self.below.tiers if self.below else ()))
+
+    def _moved_bytes(self, block: BlockPlan, tier: str) -> int:
+        """What a block moves in a forward of the model, with what the places of a tier are rounded up to."""
+        num_calls, unit = self.recorded.blocks[block.name].num_calls // self.step.accumulation, ALIGNMENTS[tier]
         return num_calls * sum(-(-size // unit) * unit for size in self.moved_sizes(block))
 
     def _num_backward(self, points: list[tuple[str | None, int]]) -> int:
@@ -375,6 +379,11 @@ class Candidates:
 
 def _plan(name: str, kind: str, policy: Policy, source: Placement = "device", reason: str = "") -> BlockPlan:
     return BlockPlan(name=name, kind=kind, policy=policy, input=source, held_bytes=0, recompute_flops=0, reason=reason)
+
+
+def _tier_of(block: BlockPlan) -> str:
+    """Where a block moves what it moves."""
+    return DISK if block.policy.disk or block.input == DISK else HOST
 
 
 def _on_tier(block: BlockPlan, tier: Literal["host", "disk"]) -> BlockPlan:

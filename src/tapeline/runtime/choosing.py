@@ -36,6 +36,11 @@ def choose(candidates: Candidates, mode: str, segment_length: int | None, limit:
         blocks = candidates.one_ahead(blocks) if limit is None else candidates.far_ahead(blocks, limit)
     if limit is not None and candidates.peak(blocks) > limit:
         raise _infeasible(candidates, limit, f"mode {mode!r} needs {format_bytes(candidates.peak(blocks))}, ")
+    if not candidates.has_room(blocks):
+        rooms = " and ".join(f"{format_bytes(size)} on the {tier}" for tier, size in candidates.rooms(blocks).items())
+        raise _infeasible(
+            candidates, limit or candidates.peak(blocks), f"mode {mode!r} moves {rooms}, which has less room, "
+        )
     return blocks
 
 
@@ -143,7 +148,7 @@ def smallest_peak(candidates: Candidates) -> Blocks:
     tried += candidates.all_segments(LEAST)
     tried += [blocks for blocks in _moved(candidates) if candidates.has_room(blocks)]
     if candidates.has_chain:
-        tried.append(candidates.from_options(smallest(candidates.chain())))
+        tried += [b for b in (candidates.from_options(smallest(candidates.chain())),) if candidates.has_room(b)]
     tried.sort(key=lambda blocks: candidates.profile(blocks).peak_bytes)
     best = tried[0]
     for blocks in tried[1:]:

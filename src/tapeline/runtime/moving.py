@@ -33,13 +33,15 @@ LEAST_BYTES = 2**16
 class Moved:
     """A storage that has left the device, or is leaving it."""
 
-    __slots__ = ("__weakref__", "_tensor", "call", "geometry", "lock", "mover", "tier", "transfer", "version")
+    __slots__ = ("__weakref__", "_tensor", "call", "geometry", "lock", "mover", "stream", "tier", "transfer", "version")
 
     def __init__(self, mover: Mover, tier: Tier, call: MovedCall, tensor: torch.Tensor, transfer: Any) -> None:
         self.mover, self.tier, self.call, self.transfer = mover, tier, call, transfer
         self.geometry, self.version = Geometry.of(tensor), tensor._version
         self.lock = threading.RLock()
         self._tensor: torch.Tensor | None = None
+        self.stream: Any = None
+        """The compute stream that has it."""
 
     def tensor(self) -> torch.Tensor:
         """The tensor as it was sent; it stays on the device until this object goes, or another call is asked for its own.
@@ -49,14 +51,16 @@ class Moved:
             TierError: if the bytes cannot be had.
         """
         with self.lock:
-            if self._tensor is None:
+            tensor, stream = self._tensor, self.tier.engine.machine.compute()
+            if tensor is None or stream != self.stream:  # another stream has its own
                 self.call.begin_backward()
                 if not self.transfer.look():
                     raise RuntimeError(self._changed())
                 with torch.no_grad(), self.mover.undoing():
                     bytes_ = self.tier.engine.take(self.transfer)
-                    self._tensor = self.geometry.apply(bytes_.view(self.geometry.dtype))
-            return self._tensor
+                    tensor = self.geometry.apply(bytes_.view(self.geometry.dtype))
+                self._tensor, self.stream = tensor, stream
+            return tensor
 
     def look(self) -> bool:
         """Whether it is as it was when it was sent."""

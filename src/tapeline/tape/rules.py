@@ -67,8 +67,11 @@ class Rules:
 
 
 def named_values(tape: Tape, names: Collection[str]) -> frozenset[int]:
-    """The saved values of a tape that are meant by names, without those that the block returns, and copies of weights."""
-    saved = {pack.value for pack in tape.packs} - _of_weights(tape)
+    """The saved values of a tape that are meant by names.
+
+    Those that the block returns are left out, copies of weights, and what is written over later in the call.
+    """
+    saved = {pack.value for pack in tape.packs if tape.values[pack.value].is_last} - _of_weights(tape)
     made = (value for op in tape.ops if any(matches(name, op) for name in names) for value in op.makes)
     return frozenset(value for value in made if value in saved and not tape.values[value].is_output)
 

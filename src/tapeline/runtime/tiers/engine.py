@@ -10,6 +10,7 @@ The rules, each of which has a test that fails without it:
 6. An operation that uses the target begins after the copy has ended.
 7. Memory that one stream uses is not what another one's memory is given back as: a stream that did not fetch the bytes fetches its own.
 8. A target that nobody takes is given back only after the copy has ended.
+9. The places below are closed only after every copy has ended.
 
 There is no `record_stream`. Memory is given back at a point of the plan, and the stream that uses it next waits: a slow link makes compute
 wait, and never lets memory grow. Nor does a quick one let it shrink early: what a step needs does not depend on who was quicker.
@@ -17,6 +18,8 @@ wait, and never lets memory grow. Nor does a quick one let it shrink early: what
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import weakref
 from collections import deque
@@ -28,6 +31,7 @@ import torch
 from tapeline.errors import TierError
 from tapeline.runtime.tiers.stalls import Stalls
 from tapeline.runtime.tiers.streams import Event, Machine, Slot, Store, Stream
+from tapeline.runtime.tiers.threads import is_worker
 
 OUT, BACK = "off the device", "to the device"
 
@@ -81,13 +85,14 @@ class Engine:
         store: places below it.
         most_in_flight: bytes on the device that may wait to be given back; beyond that, the oldest are, and the compute
             stream waits for the end of their copy.
-        shut: ends what belongs to the machine, called once after `close`.
+        shut: ends what belongs to the machine, called once when everything is over: after `close`, or when nobody knows this
+            engine any more.
     """
 
     def __init__(
         self, machine: Machine, store: Store, *, most_in_flight: int, shut: Callable[[], None] = lambda: None
     ) -> None:
-        self.machine, self.store, self.most_in_flight, self._shut = machine, store, most_in_flight, shut
+        self.machine, self.store, self.most_in_flight = machine, store, most_in_flight
         self.bytes_out = self.bytes_back = 0
         """Bytes moved so far."""
         self.in_flight = self.most_seen_in_flight = 0
@@ -101,6 +106,9 @@ class Engine:
         self._unwanted: list[tuple[torch.Tensor, Event]] = []
         self._dropped: deque[Transfer] = deque()
         self._lock = threading.Lock()
+        self._process = os.getpid()
+        self._sides: set[str] = set()
+        self._end = weakref.finalize(self, _end, self._process, machine, store, shut, self._sides)
 
     def send(self, source: torch.Tensor, original: torch.Tensor | None = None, where: str = "") -> Transfer | None:
         """Begin to move bytes off the device; the engine holds `source` until it may be given back.
@@ -117,13 +125,19 @@ class Engine:
             slot = None if self.is_closing else self.store.take(source.nbytes)
             if slot is None:
                 return None
-            compute, out = self.machine.compute(), self.machine.side(OUT)
-            out.wait(compute.record())  # rule 1
-            for event in slot.busy:
-                out.wait(event)  # rule 3
-            slot.write(self.machine, out, source)
-            transfer = Transfer(source, slot, out.record(), compute, original, where)
-            slot.busy = [transfer.out_done]
+            compute = self.machine.compute()
+            try:
+                out = self._side(OUT)
+                out.wait(compute.record())  # rule 1
+                for event in slot.busy:
+                    out.wait(event)  # rule 3
+                slot.write(self.machine, out, source)
+                transfer = Transfer(source, slot, out.record(), compute, original, where)
+                slot.busy = [transfer.out_done]
+            except BaseException:
+                _wait(self.machine, self._sides)
+                slot.free()
+                raise
             self.num_alive += 1
             self._leaving.append(transfer)
             self.bytes_out += source.nbytes
@@ -172,13 +186,14 @@ class Engine:
             return target
 
     def drop(self, transfer: Transfer) -> None:
-        """Nobody will ask for the bytes again; safe to call twice, and while this engine is at work in the same thread."""
+        """Nobody will ask for the bytes again; safe to call twice, and from a collection in the middle of anything."""
+        if sys.is_finalizing() or os.getpid() != self._process:  # nobody is there to wait for
+            return
         self._dropped.append(transfer)
-        if self._lock.acquire(blocking=False):
-            try:
-                self._bury()
-            finally:
-                self._lock.release()
+        if not is_worker():  # which others wait for
+            self._tidy()
+        elif self.is_closing:  # no call may come that would see to it
+            threading.Thread(target=self._tidy, name="tapeline end").start()
 
     def close(self) -> None:
         """Send nothing more; everything is given back at once, or when the last bytes have been dropped. Safe to call twice."""
@@ -197,11 +212,22 @@ class Engine:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Alone; what others drop meanwhile is seen to at the end."""
-        with self._lock:
+        try:
+            with self._lock:
+                try:
+                    yield
+                finally:
+                    self._bury()
+        finally:
+            self._tidy()
+
+    def _tidy(self) -> None:
+        """See to what was dropped, unless somebody is at it, who looks again after letting go of the lock."""
+        while self._dropped and self._lock.acquire(blocking=False):
             try:
-                yield
-            finally:
                 self._bury()
+            finally:
+                self._lock.release()
 
     def _bury(self) -> None:
         while self._dropped:
@@ -221,22 +247,21 @@ class Engine:
         self._collect()
         if self.is_closing and not self.is_closed and not self.num_alive:
             self.is_closed = True
-            with suppress(TierError):  # who asked for bytes has been told
-                self._drain()
-            self._shut()
-            self.store.close()
+            self._end()
+            self._unwanted.clear()
 
     def _drain(self) -> None:
-        try:
-            for transfer in list(self._leaving):
-                transfer.out_done.synchronize()
-            for _, done in self._unwanted:
-                done.synchronize()
-        finally:
-            while self._leaving:
-                with suppress(TierError):  # raised above
-                    self._give_back(self._leaving[0])
-            self._collect()
+        error = _wait(self.machine, self._sides)
+        while self._leaving:
+            with suppress(TierError):  # raised below
+                self._give_back(self._leaving[0])
+        self._collect()
+        if error is not None:
+            raise error
+
+    def _side(self, name: str) -> Stream:
+        self._sides.add(name)
+        return self.machine.side(name)
 
     def _collect(self) -> None:
         """Give back the targets that nobody has taken and no copy writes any more; nothing waits."""
@@ -244,13 +269,18 @@ class Engine:
 
     def _fetch(self, transfer: Transfer) -> None:
         assert transfer.slot is not None, "it was dropped"
-        compute, back = self.machine.compute(), self.machine.side(BACK)
-        transfer.target, transfer.home = self.machine.empty(transfer.num_bytes), compute
-        back.wait(compute.record())  # rule 4
-        back.wait(transfer.out_done)  # rule 5
-        transfer.slot.read(self.machine, back, transfer.target)
-        transfer.back_done = back.record()
-        transfer.slot.busy = [transfer.back_done]  # which comes after `out_done`
+        compute, back = self.machine.compute(), self._side(BACK)
+        target = self.machine.empty(transfer.num_bytes)
+        try:
+            back.wait(compute.record())  # rule 4
+            back.wait(transfer.out_done)  # rule 5
+            transfer.slot.read(self.machine, back, target)
+            done = back.record()
+        except BaseException:
+            _wait(self.machine, self._sides)  # and only then let go of the target
+            raise
+        transfer.target, transfer.home, transfer.back_done = target, compute, done
+        transfer.slot.busy = [done]  # which comes after `out_done`
         self.bytes_back += transfer.num_bytes
 
     def _give_back(self, transfer: Transfer) -> None:
@@ -270,6 +300,29 @@ class Engine:
         if transfer.target is not None and transfer.back_done is not None:
             self._unwanted.append((transfer.target, transfer.back_done))
         transfer.target, transfer.taken, transfer.home = None, None, compute
+
+
+def _wait(machine: Machine, sides: set[str]) -> TierError | None:
+    """Block until every copy has ended; returns what went wrong with them."""
+    found = None
+    for name in sorted(sides):
+        try:
+            machine.side(name).record().synchronize()
+        except TierError as error:
+            found = found or error
+    return found
+
+
+def _end(process: int, machine: Machine, store: Store, shut: Callable[[], None], sides: set[str]) -> None:
+    """Wait for every copy, end what belongs to the machine, and close the places; in the process that has them."""
+    if os.getpid() != process:
+        return
+    if is_worker():  # a collection came here, and the workers are to be waited for
+        threading.Thread(target=_end, args=(process, machine, store, shut, sides), name="tapeline end").start()
+        return
+    _wait(machine, sides)  # rule 9; who asked for bytes has been told what went wrong
+    shut()
+    store.close()
 
 
 def _alive(transfer: Transfer) -> torch.Tensor | None:

@@ -164,6 +164,10 @@ class SimulatedMachine:
         self.touch(made, is_write=True)  # whoever had this memory before was on the compute stream
         return made
 
+    def sides(self) -> list[SimulatedStream]:
+        """The streams for copies that there are."""
+        return list(self._sides.values())
+
     def copy(self, stream: SimulatedStream, target: torch.Tensor, source: torch.Tensor) -> None:
         stream.begin()
         self._access(stream, source, is_write=False)

@@ -12,6 +12,12 @@ import torch
 from tapeline.errors import TierError
 
 _END = None
+_HERE = threading.local()
+
+
+def is_worker() -> bool:
+    """Whether the calling thread is one that others wait for."""
+    return getattr(_HERE, "is_worker", False)
 
 
 class WorkerEvent:
@@ -82,9 +88,10 @@ class Worker:
             try:
                 job()
             except BaseException as error:  # noqa: BLE001 - the thread must go on to set the events that others wait for
-                self._error = error
+                self._error = error.with_traceback(None)  # which would hold the tensors of the job
 
     def _work(self) -> None:
+        _HERE.is_worker = True
         while (job := self._jobs.get()) is not _END:
             job()
             del job  # with the tensors that it holds
@@ -96,6 +103,7 @@ class ThreadMachine:
     def __init__(self) -> None:
         self._caller = _Caller()
         self._workers: dict[str, Worker] = {}
+        self._is_closed = False
 
     def __enter__(self) -> ThreadMachine:
         return self
@@ -107,6 +115,8 @@ class ThreadMachine:
         return self._caller
 
     def side(self, name: str) -> Worker:
+        if self._is_closed:
+            raise TierError("The threads have ended.")
         if name not in self._workers:
             self._workers[name] = Worker(name)
         return self._workers[name]
@@ -128,6 +138,7 @@ class ThreadMachine:
 
     def close(self) -> None:
         """Do what has been given, and end the threads; safe to call twice."""
+        self._is_closed = True
         while self._workers:
             self._workers.popitem()[1].close()
 
