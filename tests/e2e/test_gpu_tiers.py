@@ -18,6 +18,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 NUM_BLOCKS, ROWS, WIDTH = 12, 4096, 128
+WORKSPACES = 128 * 2**20
+"""What the library of matrix products takes of the same allocator."""
 
 
 @pytest.fixture(autouse=True)
@@ -56,8 +58,9 @@ def test_a_tier_below_a_gpu_gives_the_same_bits_in_the_memory_that_was_promised(
     (found,) = report.tiers
     assert found.name == tier
     assert found.out_bytes == found.planned_bytes
-    assert report.deviation is not None
-    assert abs(report.deviation) < 0.05
+    assert report.measured_peak_bytes is not None
+    excess = report.measured_peak_bytes - report.predicted_peak_bytes
+    assert abs(excess) < 0.05 * report.predicted_peak_bytes + WORKSPACES
     assert not report.kept_instead
     assert not list(tmp_path.iterdir())
 

@@ -129,3 +129,19 @@ def test_what_is_no_size_is_an_error(size: str, message: str) -> None:
     for device, budget in ((CPU_DEVICE, "disk_budget"), (ACCELERATOR, "host_budget")):
         with pytest.raises(UsageError, match=message):
             below(device, Wanted(**{budget: size}))  # type: ignore[arg-type]
+
+
+def test_a_share_of_nothing_is_an_error_and_not_no_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    for device, budget in ((CPU_DEVICE, "disk_budget"), (ACCELERATOR, "host_budget")):
+        with pytest.raises(UsageError, match="4 bytes are nothing for each of the 8 processes here"):
+            below(device, Wanted(mode="offload", **{budget: 4}))  # type: ignore[arg-type]
+
+
+def test_what_one_process_may_pin_is_its_part_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "cgroup_memory", lambda: [(8000, 2000)])
+    assert limits.free_host_bytes() == 6000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert limits.free_host_bytes() == 2000, "or all of them together would have more than there is"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "many")
+    assert limits.free_host_bytes() == 6000

@@ -105,7 +105,10 @@ def total_bytes(device: torch.device) -> int:
 
 
 def cgroup_memory() -> list[tuple[int, int]]:
-    """Limit and use of host memory, in bytes, for each control group that limits this process."""
+    """Limit and use of host memory, in bytes, for each control group that limits this process.
+
+    Pages of files that nobody has read again lately are not counted as used: they go when memory is wanted.
+    """
     found = []
     for limit_file, usage_file in _CGROUPS:
         try:
@@ -113,5 +116,13 @@ def cgroup_memory() -> list[tuple[int, int]]:
         except OSError:
             continue
         if limit.isdecimal() and usage.isdecimal():
-            found.append((int(limit), int(usage)))
+            found.append((int(limit), max(0, int(usage) - _idle_file_bytes(Path(usage_file).with_name("memory.stat")))))
     return found
+
+
+def _idle_file_bytes(path: Path) -> int:
+    try:
+        lines = dict(line.split() for line in path.read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return int(lines.get("total_inactive_file", lines.get("inactive_file", "0")))

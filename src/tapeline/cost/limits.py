@@ -14,7 +14,6 @@ from tapeline.cost.device import cgroup_memory
 from tapeline.errors import UsageError
 
 _HOST_SHARE = 0.8
-_ENDLESS = 1 << 62
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,18 +57,27 @@ def machine_limits(folder: Path | str) -> Limits:
 
 
 def free_host_bytes() -> int:
-    """Host memory that can be had without swapping, and without leaving the container's limit."""
-    return min(psutil.virtual_memory().available, *(max(0, limit - used) for limit, used in cgroup_memory()), _ENDLESS)
+    """Host memory that can be had without swapping, and without leaving the container's limit.
+
+    Of several processes of a job each may have its part of all there is, whoever comes first.
+    """
+    total = min([psutil.virtual_memory().total, *(limit for limit, _ in cgroup_memory())])
+    return min(_free_bytes(), total // local_processes())
 
 
 def available_host_bytes() -> int:
     """Host memory that one of the processes of this job on this machine may take without crowding out the rest."""
-    return int(_HOST_SHARE * free_host_bytes()) // local_processes()
+    return int(_HOST_SHARE * _free_bytes()) // local_processes()
+
+
+def _free_bytes() -> int:
+    return min([psutil.virtual_memory().available, *(max(0, limit - used) for limit, used in cgroup_memory())])
 
 
 def local_processes() -> int:
     """How many processes of this job share this machine, as launchers say it (``LOCAL_WORLD_SIZE``)."""
-    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    said = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(said)) if said.isdecimal() else 1
 
 
 def free_disk_bytes(folder: Path | str) -> int:

@@ -86,7 +86,7 @@ def below(device: torch.device, wanted: Wanted) -> Below | None:
             'disk_budget="20GiB".'
         )
     known = catalogued(CPU) if is_cpu else lookup(device_name(device)) or unknown_accelerator()
-    host_room, disk_room = (size // local_processes() for size in (wanted.host_bytes, wanted.disk_bytes))
+    host_room, disk_room = _share(wanted.host_bytes, "host_budget"), _share(wanted.disk_bytes, "disk_budget")
     if offloads and not (host_room or disk_room):
         host_room = available_host_bytes()
     links = links_of(known)
@@ -109,3 +109,11 @@ def below(device: torch.device, wanted: Wanted) -> Below | None:
             overflow=found,
         )
     return found
+
+
+def _share(num_bytes: int, name: str) -> int:
+    """What one process has of a budget."""
+    share = num_bytes // local_processes()
+    if num_bytes and not share:
+        raise UsageError(f"{name}: {num_bytes} bytes are nothing for each of the {local_processes()} processes here.")
+    return share

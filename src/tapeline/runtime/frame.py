@@ -15,7 +15,7 @@ import torch
 from tapeline.errors import PlanDriftError, TierError
 from tapeline.runtime.ambient import Ambient
 from tapeline.runtime.guard import changed
-from tapeline.runtime.inputs import Away
+from tapeline.runtime.inputs import Away, current_stream, hand_over
 from tapeline.runtime.invocation import Hooks
 from tapeline.runtime.moving import Moved, MovedCall
 from tapeline.runtime.replaying import replay
@@ -62,10 +62,10 @@ class Phase:
                 return rerun.take(number)
             if slot not in self.ready:
                 self.ready.update(enumerate(self.replay()))
-                self.stream = _current_stream(self.ready[slot])
+                self.stream = current_stream(self.ready[slot])
             tensor = self.ready.pop(slot)
             if self.stream is not None:
-                _hand_over(tensor, self.stream)
+                hand_over(tensor, self.stream)
             return tensor
 
     def replay(self, check: Check | None = None) -> list[torch.Tensor]:
@@ -351,15 +351,3 @@ def _based(root: torch.Tensor | Moved, base: Geometry) -> torch.Tensor | Place:
     if isinstance(root, Moved):
         return Place(root, base)
     return root if root.shape == base.shape and root.stride() == base.stride else base.apply(root)
-
-
-def _current_stream(tensor: torch.Tensor) -> Any:
-    return None if tensor.device.type in ("cpu", "meta") else torch.accelerator.current_stream(tensor.device)
-
-
-def _hand_over(tensor: torch.Tensor, produced_on: Any) -> None:
-    """Make the present stream wait for the one that the phase was replayed on."""
-    current = torch.accelerator.current_stream(tensor.device)
-    if current != produced_on:
-        current.wait_stream(produced_on)
-        tensor.record_stream(current)

@@ -58,6 +58,7 @@ class RebuiltInput:
     def __init__(self, recipe: OutputRecipe, index: int) -> None:
         self.recipe, self.index = recipe, index
         self._tensor: torch.Tensor | None = None
+        self._stream: Any = None
         before = recipe.before()
         self.lock: threading.RLock = before.lock if before is not None else threading.RLock()
         """One for the whole segment: rebuilding one input fills in those before it."""
@@ -67,7 +68,10 @@ class RebuiltInput:
         with self.lock:
             for missing in self._missing():
                 missing._tensor = missing.recipe.run(missing.index)
+                missing._stream = current_stream(missing._tensor)
             assert self._tensor is not None, "rebuilt just now"
+            if self._stream is not None:
+                hand_over(self._tensor, self._stream)
             return self._tensor
 
     def _missing(self) -> list[RebuiltInput]:
@@ -118,3 +122,16 @@ def _forget(chain: weakref.ref[Chain], thread: int) -> None:
     alive = chain()
     if alive is not None and thread in alive._last and all(ref() is None for ref, _ in alive._last[thread][0]):
         del alive._last[thread]
+
+
+def current_stream(tensor: torch.Tensor) -> Any:
+    """The stream that operations on a tensor run on now; ``None`` on a CPU."""
+    return None if tensor.device.type in ("cpu", "meta") else torch.accelerator.current_stream(tensor.device)
+
+
+def hand_over(tensor: torch.Tensor, produced_on: Any) -> None:
+    """Make the present stream wait for the one that the phase was replayed on."""
+    current = torch.accelerator.current_stream(tensor.device)
+    if current != produced_on:
+        current.wait_stream(produced_on)
+        tensor.record_stream(current)

@@ -6,7 +6,7 @@ import functools
 import importlib
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -32,11 +32,11 @@ def without_launches() -> Iterator[None]:
     nothing.
     """
     global _inside  # noqa: PLW0603 - the launchers are the process's, and several threads may plan
-    with _LOCK:
-        _inside += 1
-        if _inside == 1:
-            _guard()
     try:
+        with _LOCK:
+            _inside += 1
+            if _inside == 1:
+                _guard()
         yield
     finally:
         with _LOCK:
@@ -50,7 +50,10 @@ def without_launches() -> Iterator[None]:
 def _guard() -> None:
     for module, name in _LAUNCHERS:
         is_installed = find_spec(module.partition(".")[0]) is not None
-        launcher = getattr(importlib.import_module(module), name, None) if is_installed else None
+        launcher = None
+        if is_installed:
+            with suppress(ImportError):  # no kernel can be launched with what cannot be imported
+                launcher = getattr(importlib.import_module(module), name, None)
         if launcher is not None and "run" in vars(launcher):
             _originals[launcher] = launcher.run
             launcher.run = _skipping(launcher.run)

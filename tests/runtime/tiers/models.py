@@ -187,6 +187,8 @@ class StillAccelerator:
     def empty(self, num_bytes: int) -> torch.Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8)
 
+    def use(self) -> None: ...
+
     @contextmanager
     def on(self, stream: StillStream) -> Iterator[None]:
         self.used.add(stream)

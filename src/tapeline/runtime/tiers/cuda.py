@@ -68,6 +68,10 @@ class AcceleratorMachine:
         with self.on(stream):
             target.copy_(source, non_blocking=True)
 
+    def use(self) -> None:
+        """Let this be the device of the calling thread."""
+        self._module.set_device(self.device)
+
     def on(self, stream: Stream) -> AbstractContextManager[Any]:
         """The caller's operations inside go to `stream`."""
         found: AbstractContextManager[Any] = self._module.stream(stream.stream)

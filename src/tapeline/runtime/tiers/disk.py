@@ -55,11 +55,32 @@ class DiskFile:
         self.device_file: DeviceFile | None = None
         self._file, self.is_direct = self._open()
         try:
-            os.posix_fallocate(self._file, 0, self.num_bytes)
+            self._claim()
         except OSError as error:
             self.close()
             raise self._failure("claim room", error) from error
         self.device_file = None if has_checksums else open_device_file(self._file, device)
+
+    def _claim(self) -> None:
+        """Have the room, by writing to all of it where the system has no call for that."""
+        claim = getattr(os, "posix_fallocate", None)  # not on macOS
+        if claim is not None:
+            try:
+                claim(self._file, 0, self.num_bytes)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                    raise
+            else:
+                return
+        empty = HostMemory(_CHUNK, _CPU)
+        assert empty.map is not None, "opened just now"
+        with memoryview(empty.map) as zeros:
+            for start in range(0, self.num_bytes, _CHUNK):
+                size = min(_CHUNK, self.num_bytes - start)
+                done = 0
+                while done < size:
+                    done += os.pwrite(self._file, zeros[done:size], start + done)
+        empty.close()
 
     def take(self, num_bytes: int) -> DiskSlot | None:
         """A place for so many bytes; ``None`` if there is none."""
@@ -170,7 +191,7 @@ class DiskFile:
         """One for each thread."""
         found: HostMemory | None = getattr(self._buffers, "value", None)
         if found is None:
-            found = self._buffers.value = HostMemory(_CHUNK, device)
+            found = self._buffers.value = HostMemory(_CHUNK, device, says=False)
             self._opened.append(found)
         return found
 

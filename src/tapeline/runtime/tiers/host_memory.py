@@ -10,7 +10,7 @@ import mmap
 import os
 import platform
 import sys
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,13 @@ class HostMemory:
         num_bytes: its size.
         device: whose copies read and write it. For a CUDA device the pages are taken from the node of the machine that the device
             is at, and locked; where the driver does not lock them, `note` says what that costs.
+        says: measure that, if it comes to it.
 
     Raises:
         FullTierError: if the host has not that much memory: the system would end this process when it is used.
     """
 
-    def __init__(self, num_bytes: int, device: torch.device) -> None:
+    def __init__(self, num_bytes: int, device: torch.device, *, says: bool = True) -> None:
         self.num_bytes, self.device = num_bytes, device
         self.is_pinned = False
         self.note = ""
@@ -50,12 +51,12 @@ class HostMemory:
         if num_bytes > free:
             raise _full(num_bytes, free)
         try:
-            self.map: mmap.mmap | None = mmap.mmap(-1, max(1, num_bytes))
+            self.map: mmap.mmap | None = _private(max(1, num_bytes))
         except (OSError, ValueError, OverflowError) as error:
             raise _full(num_bytes, free) from error
         self.tensor: torch.Tensor | None = torch.frombuffer(self.map, dtype=torch.uint8)
         if device.type != "cpu":
-            self._settle()
+            self._settle(says=says)
 
     @property
     def address(self) -> int:
@@ -69,8 +70,8 @@ class HostMemory:
             self.is_pinned = False
         self.tensor = self.map = None
 
-    def _settle(self) -> None:
-        """Choose the pages' node, have them, and lock them."""
+    def _settle(self, *, says: bool) -> None:
+        """Choose the pages' node, have them, and lock them; say what it costs if they cannot be."""
         assert self.tensor is not None, "it is open"
         node = numa_node(self.device)
         if node is not None:
@@ -79,11 +80,12 @@ class HostMemory:
             self.address, 0, self.num_bytes
         )  # by this thread alone: pages come from near it if no node is known
         if self.device.type == "cuda":
-            failed = int(_runtime().cudaHostRegister(self.address, self.num_bytes, 0))
+            with _on(self.device):
+                failed = int(_runtime().cudaHostRegister(self.address, self.num_bytes, 0))
             self.is_pinned = not failed
             if failed:
                 clear_error(self.device)
-        if not self.is_pinned:
+        if not self.is_pinned and says:
             out, back = copy_bandwidths(self.device, self.tensor[:_MOST_MEASURED], _MEASURE_SECONDS)
             self.note = (
                 f"{format_bytes(self.num_bytes)} of host memory cannot be pinned ({_reasons(self.num_bytes)}): copies make compute "
@@ -120,6 +122,20 @@ def clear_error(device: torch.device) -> None:
     """Let a call of CUDA that has failed, and was seen to, not come out of the next kernel."""
     with suppress(RuntimeError):  # it has been said, and CUDA forgets what it has said
         torch.ones(1, device=device)  # a kernel: its launch asks for the last error
+
+
+def _private(num_bytes: int) -> mmap.mmap:
+    """Pages of this process: a child that it forks has none of them."""
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, num_bytes)
+    made = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_DONTFORK"):
+        made.madvise(mmap.MADV_DONTFORK)
+    return made
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if torch.cuda.is_available() else nullcontext()
 
 
 def _runtime() -> Any:

@@ -29,6 +29,7 @@ def open_host(device: torch.device, num_bytes: int, in_flight_bytes: int) -> Tie
     """
     if device.type == "cpu":
         raise UsageError("The plan moves tensors to the host, and the device is the CPU: that is the same memory.")
+    _require_streams(device)
     slab = HostSlab(num_bytes, device)
     engine = Engine(accelerator_machine(device), slab, most_in_flight=in_flight_bytes)
     return Tier(name=HOST, device=device, engine=engine, note=slab.memory.note)
@@ -54,7 +55,13 @@ def open_disk(
     Raises:
         TierError: if the folder cannot be used, or has not that much room.
     """
+    _require_streams(device)
     file = DiskFile(folder, num_bytes, device, has_checksums=has_checksums)
     machine = ThreadMachine() if device.type == "cpu" else StagedMachine(accelerator_machine(device))
     engine = Engine(machine, file, most_in_flight=in_flight_bytes, shut=machine.close)
     return Tier(name=DISK, device=device, engine=engine)
+
+
+def _require_streams(device: torch.device) -> None:
+    if device.type != "cpu" and not hasattr(torch.get_device_module(device), "Stream"):
+        raise UsageError(f"Tensors cannot be moved from {device}: torch has no streams for it. Leave the budgets out.")

@@ -39,12 +39,17 @@ class StagedMachine:
 
     def __init__(self, accelerator: AcceleratorMachine) -> None:
         self.accelerator, self.threads = accelerator, ThreadMachine()
+        self._known: set[str] = set()
 
     def compute(self) -> _Compute:
         return _Compute(self.accelerator.compute())
 
     def side(self, name: str) -> Worker:
-        return self.threads.side(name)
+        worker, is_new = self.threads.side(name), name not in self._known
+        if is_new:  # what it waits for is of this device, not of the first one
+            self._known.add(name)
+            worker.add(self.accelerator.use)
+        return worker
 
     def empty(self, num_bytes: int) -> torch.Tensor:
         return self.accelerator.empty(num_bytes)
