@@ -1,4 +1,4 @@
-"""A disk below a CPU, on three models with LoRA: five budgets with it and without it, input offload, and ``cheap`` under a budget.
+"""A disk below a CPU, on three models with LoRA: four budgets with it and without it, input offload, and ``cheap`` under a budget.
 
 Peaks and bytes moved, predicted and measured; operations recomputed; gradients compared bit for bit with those of the untouched model.
 
@@ -25,7 +25,7 @@ from tapeline.table import text_table
 from tapeline.units import format_bytes
 
 DISK = "4GiB"
-BATCH, LENGTH, NUM_BUDGETS = 2, 512, 5
+BATCH, LENGTH, NUM_BUDGETS = 2, 512, 4
 Batch = dict[str, torch.Tensor]
 
 
