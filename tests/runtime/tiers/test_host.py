@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import sys
@@ -112,7 +113,10 @@ def test_pages_can_be_asked_for_near_a_device_and_nothing_is_lost_where_they_can
     address = torch.frombuffer(pages, dtype=torch.uint8).data_ptr()
     nodes = Path("/sys/devices/system/node/node0")
     if nodes.exists():
-        assert prefer_node(address, 1 << 20, 0)
+        is_preferred = prefer_node(address, 1 << 20, 0)
+        if not is_preferred and ctypes.get_errno() in (errno.EPERM, errno.ENOSYS):
+            pytest.skip("this process may not choose where its memory is")
+        assert is_preferred
     assert not prefer_node(address + 1, 1 << 20, 0), "no page begins there"
     pages[0] = 1
 
