@@ -62,6 +62,15 @@ def gradients(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[st
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def smallest(model: torch.nn.Module, batch: dict[str, torch.Tensor], **options: Any) -> int:
+    """The least budget that anything fits."""
+    try:
+        tapeline.plan(model, batch, 1, **options)
+    except InfeasibleBudgetError as error:
+        return error.smallest_feasible_bytes
+    raise AssertionError("one byte is never enough")
+
+
 def rows(name: str, model: torch.nn.Module) -> list[dict[str, Any]]:
     """One row per budget, from the smallest feasible one to no checkpointing."""
     model.train()
@@ -69,14 +78,10 @@ def rows(name: str, model: torch.nn.Module) -> list[dict[str, Any]]:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
     expected = gradients(model, batch)
     largest = tapeline.plan(model, batch, mode="none").peak_bytes
-    try:
-        tapeline.plan(model, batch, 1)
-        raise AssertionError("one byte is never enough")
-    except InfeasibleBudgetError as error:
-        smallest = error.smallest_feasible_bytes
+    least = smallest(model, batch)
     found = []
     for index in range(NUM_BUDGETS):
-        budget = smallest + (largest - smallest) * index // (NUM_BUDGETS - 1)
+        budget = least + (largest - least) * index // (NUM_BUDGETS - 1)
         plan = tapeline.plan(model, batch, budget)
         with tapeline.apply(model, plan, measure=False) as session:
             is_equal = all(torch.equal(g, expected[n]) for n, g in gradients(model, batch).items())

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import tapeline
-from bench.budgets import VOCABULARY, gradients, models
+from bench.budgets import VOCABULARY, gradients, models, smallest
 from bench.smoke import LORA_ALPHA, LORA_R, PACKAGES, hardware, save
 from tapeline.errors import InfeasibleBudgetError
 from tapeline.integrations.peft import add_lora
@@ -27,15 +27,6 @@ from tapeline.units import format_bytes
 DISK = "4GiB"
 BATCH, LENGTH, NUM_BUDGETS = 2, 512, 4
 Batch = dict[str, torch.Tensor]
-
-
-def smallest(model: torch.nn.Module, batch: Batch, **options: Any) -> int:
-    """The least budget that anything fits."""
-    try:
-        tapeline.plan(model, batch, 1, **options)
-    except InfeasibleBudgetError as error:
-        return error.smallest_feasible_bytes
-    raise AssertionError("one byte is never enough")
 
 
 def measured(plan: Plan, model: torch.nn.Module, batch: Batch, expected: Batch) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import psutil
 import pytest
 import torch
 
+from tapeline.cost import device as device_module
 from tapeline.cost import limits
 from tapeline.cost.catalogue import CPU, catalogued, find_device, unknown_accelerator
 from tapeline.cost.links import links_of
@@ -25,7 +26,7 @@ def _an_accelerator_and_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setattr(module, "device_name", lambda device: "cpu" if device.type == "cpu" else KNOWN.name)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=FREE, total=2 * FREE))
-    monkeypatch.setattr(limits, "cgroup_memory", list)
+    monkeypatch.setattr(device_module, "cgroup_memory", list)
 
 
 @pytest.mark.parametrize("device", [CPU_DEVICE, ACCELERATOR], ids=["cpu", "accelerator"])
@@ -81,9 +82,9 @@ def test_mode_offload_takes_most_of_the_free_memory() -> None:
 
 def test_a_container_has_no_more_to_give_than_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = limits.available_host_bytes()
-    monkeypatch.setattr(limits, "cgroup_memory", lambda: [(FREE, FREE // 2), (4 * FREE, 0)])
+    monkeypatch.setattr(device_module, "cgroup_memory", lambda: [(FREE, FREE // 2), (4 * FREE, 0)])
     assert limits.available_host_bytes() == whole // 2
-    monkeypatch.setattr(limits, "cgroup_memory", lambda: [(FREE, 2 * FREE)])
+    monkeypatch.setattr(device_module, "cgroup_memory", lambda: [(FREE, 2 * FREE)])
     assert limits.available_host_bytes() == 0
 
 
@@ -139,7 +140,7 @@ def test_a_share_of_nothing_is_an_error_and_not_no_budget(monkeypatch: pytest.Mo
 
 
 def test_what_one_process_may_pin_is_its_part_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "cgroup_memory", lambda: [(8000, 2000)])
+    monkeypatch.setattr(device_module, "cgroup_memory", lambda: [(8000, 2000)])
     assert limits.free_host_bytes() == 6000
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert limits.free_host_bytes() == 2000, "or all of them together would have more than there is"

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import torch
 
-from tapeline.cost.device import cgroup_memory
+from tapeline.cost.device import available_bytes, cgroup_memory, total_bytes
 from tapeline.errors import UsageError
 
 _HOST_SHARE = 0.8
+_HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,17 +63,12 @@ def free_host_bytes() -> int:
 
     Of several processes of a job each may have its part of all there is, whoever comes first.
     """
-    total = min([psutil.virtual_memory().total, *(limit for limit, _ in cgroup_memory())])
-    return min(_free_bytes(), total // local_processes())
+    return min(available_bytes(_HOST), total_bytes(_HOST) // local_processes())
 
 
 def available_host_bytes() -> int:
     """Host memory that one of the processes of this job on this machine may take without crowding out the rest."""
-    return int(_HOST_SHARE * _free_bytes()) // local_processes()
-
-
-def _free_bytes() -> int:
-    return min([psutil.virtual_memory().available, *(max(0, limit - used) for limit, used in cgroup_memory())])
+    return int(_HOST_SHARE * available_bytes(_HOST)) // local_processes()
 
 
 def local_processes() -> int:

@@ -107,6 +107,11 @@ class Plan:
     """Version of this layout."""
 
     @property
+    def rooms(self) -> dict[str, int]:
+        """What is taken of each tier below the device for the whole session, in bytes."""
+        return {"host": self.host_bytes, "disk": self.disk_bytes}
+
+    @property
     def moved_bytes(self) -> int:
         """Bytes that leave the device in one forward of the model."""
         return sum(self.moved.values())
@@ -235,8 +240,7 @@ def _memory_table(plan: Plan) -> str:
 
 
 def _tiers_table(plan: Plan) -> str:
-    rooms = {"host": plan.host_bytes, "disk": plan.disk_bytes}
-    rows = [(tier, format_bytes(rooms[tier]), format_bytes(size)) for tier, size in plan.moved.items()]
+    rows = [(tier, format_bytes(plan.rooms[tier]), format_bytes(size)) for tier, size in plan.moved.items()]
     return text_table(("below the device", "room taken", "moved by a forward"), rows)
 
 

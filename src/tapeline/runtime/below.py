@@ -44,7 +44,7 @@ class Below:
 
     def opened(self, plan: Plan) -> Below | None:
         """The tiers as a session with this plan opens them, for the plans of other shapes."""
-        rooms = {HOST: plan.host_bytes, DISK: plan.disk_bytes}
+        rooms = plan.rooms
         made: Below | None = None
         for tier in reversed(self.tiers):
             if rooms[tier.name]:
@@ -90,24 +90,21 @@ def below(device: torch.device, wanted: Wanted) -> Below | None:
     if offloads and not (host_room or disk_room):
         host_room = available_host_bytes()
     links = links_of(known)
+    tiers: tuple[tuple[Literal["host", "disk"], int, float, float], ...] = (
+        (DISK, disk_room, links.disk_write, links.disk_read),
+        (HOST, host_room, links.to_host, links.to_device),
+    )
     found: Below | None = None
-    if disk_room:
-        found = Below(
-            name="disk",
-            room_bytes=disk_room,
-            out_bandwidth=links.disk_write,
-            back_bandwidth=links.disk_read,
-            copy_seconds=links.latency,
-        )
-    if host_room:
-        found = Below(
-            name="host",
-            room_bytes=host_room,
-            out_bandwidth=links.to_host,
-            back_bandwidth=links.to_device,
-            copy_seconds=links.latency,
-            overflow=found,
-        )
+    for name, room, out, back in tiers:
+        if room:
+            found = Below(
+                name=name,
+                room_bytes=room,
+                out_bandwidth=out,
+                back_bandwidth=back,
+                copy_seconds=links.latency,
+                overflow=found,
+            )
     return found
 
 

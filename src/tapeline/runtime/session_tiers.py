@@ -58,7 +58,7 @@ def less_room(wanted: Wanted, plan: Plan, error: FullTierError) -> Wanted:
     Raises:
         FullTierError: if the user wants to be told instead, or there is next to nothing left to halve.
     """
-    room = (plan.host_bytes if error.tier == HOST else plan.disk_bytes) // 2
+    room = plan.rooms[error.tier] // 2
     if wanted.on_full_tier == "error" or room < LEAST_BYTES:
         raise error
     warnings.warn(f"{error} Planning again with {format_bytes(room)}.", stacklevel=4)

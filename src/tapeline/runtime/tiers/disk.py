@@ -56,9 +56,9 @@ class DiskFile:
         self._file, self.is_direct = self._open()
         try:
             self._claim()
-        except OSError as error:
+        except BaseException:
             self.close()
-            raise self._failure("claim room", error) from error
+            raise
         self.device_file = None if has_checksums else open_device_file(self._file, device)
 
     def _claim(self) -> None:
@@ -69,7 +69,7 @@ class DiskFile:
                 claim(self._file, 0, self.num_bytes)
             except OSError as error:
                 if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                    raise
+                    raise self._failure("claim room", error) from error
             else:
                 return
         empty = HostMemory(_CHUNK, _CPU)
@@ -77,9 +77,7 @@ class DiskFile:
         with memoryview(empty.map) as zeros:
             for start in range(0, self.num_bytes, _CHUNK):
                 size = min(_CHUNK, self.num_bytes - start)
-                done = 0
-                while done < size:
-                    done += os.pwrite(self._file, zeros[done:size], start + done)
+                self._all(os.pwrite, zeros[:size], start, size)
         empty.close()
 
     def take(self, num_bytes: int) -> DiskSlot | None:
@@ -99,17 +97,21 @@ class DiskFile:
 
     def write(self, offset: int, source: torch.Tensor) -> int:
         """Write bytes; returns their checksum, or 0."""
-        if self.device_file is not None:
+        checksum = 0
+        if self.device_file is None:
+            checksum = self._in_pieces(offset, source, is_write=True)
+        else:
             self.device_file.write(offset, source)
-        checksum = self._in_pieces(offset, source, is_write=True) if self.device_file is None else 0
         self.bytes_written += source.nbytes
         return checksum
 
     def read(self, offset: int, target: torch.Tensor) -> int:
         """Read bytes; returns their checksum, or 0."""
-        if self.device_file is not None:
+        checksum = 0
+        if self.device_file is None:
+            checksum = self._in_pieces(offset, target, is_write=False)
+        else:
             self.device_file.read(offset, target)
-        checksum = self._in_pieces(offset, target, is_write=False) if self.device_file is None else 0
         self.bytes_read += target.nbytes
         return checksum
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from tapeline.runtime.tiers.cuda import AcceleratorMachine, Event, Stream
-from tapeline.runtime.tiers.threads import ThreadMachine, Worker, WorkerEvent
+from tapeline.runtime.tiers.threads import ThreadMachine, Worker, WorkerEvent, copy_bytes
 
 
 class _Compute:
@@ -55,7 +55,7 @@ class StagedMachine:
         return self.accelerator.empty(num_bytes)
 
     def copy(self, stream: Worker, target: torch.Tensor, source: torch.Tensor) -> None:
-        self.run(stream, lambda: _copy(target, source))
+        self.run(stream, lambda: copy_bytes(target, source))
 
     def run(self, stream: Worker, job: Callable[[], None]) -> None:
         pieces = self.accelerator.side(f"pieces {stream.name}")
@@ -76,7 +76,3 @@ class StagedMachine:
     def close(self) -> None:
         """Do what has been given, and end the threads; safe to call twice."""
         self.threads.close()
-
-
-def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    target.copy_(source)

@@ -125,7 +125,7 @@ class ThreadMachine:
         return torch.empty(num_bytes, dtype=torch.uint8)
 
     def copy(self, stream: Worker, target: torch.Tensor, source: torch.Tensor) -> None:
-        stream.add(lambda: _copy(target, source))
+        stream.add(lambda: copy_bytes(target, source))
 
     def mark(self) -> float:
         return time.perf_counter()
@@ -143,6 +143,7 @@ class ThreadMachine:
             self._workers.popitem()[1].close()
 
 
-def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+def copy_bytes(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy in the calling thread, whatever modes it is in."""
     with torch.inference_mode(mode=False), torch.no_grad():
         target.copy_(source)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
 from tapeline.runtime.tiers.engine import Engine
 
-HOST, DISK = "host", "disk"
+HOST: Final = "host"
+DISK: Final = "disk"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
